@@ -1,0 +1,1 @@
+"""What `ray job submit` runs: one small module per verb, importing training only through its entry points."""

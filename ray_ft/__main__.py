@@ -1,0 +1,3 @@
+from ray_ft.cli import main
+
+main()

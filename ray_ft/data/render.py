@@ -1,0 +1,152 @@
+"""Samples to tokens: the chat template, and which tokens are trained.
+
+A conversation is rendered once as a whole and once up to each assistant turn; what the longer text has more is that
+turn's answer. Tokens that begin inside an answer are trained, up to and including the marker that ends the turn, so
+that the model learns to stop. The rendered text holds every special token (Gemma's template writes ``<bos>`` itself),
+so it is tokenized without adding any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ray_ft.data.rows import Conversation, Joined, Sample
+from ray_ft.data.sources import Reject
+from ray_ft.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One sample. `ids` int32 [n]; `trained` bool [n], True where the token is a target of the loss."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Renderer:
+    """Turns samples into tokens with one model's tokenizer and chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.bos: int | None = tokenizer.bos_token_id
+        self.eos: int | None = tokenizer.eos_token_id
+
+    def prompt_text(self, sample: Sample) -> str:
+        """What the model is given when it is to answer the sample: exactly the text before the trained answer."""
+        if isinstance(sample, Joined):
+            return (self.tokenizer.bos_token or "") + sample.prompt
+        return self._render(sample.prompt, answer_next=True)
+
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer: the end of text, and what the chat template puts behind the assistant's turn."""
+        found = set() if self.eos is None else {self.eos}
+        if self.tokenizer.chat_template:
+            turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+            tokens = self.encode([Conversation(turns)])[0]
+            if isinstance(tokens, Tokens):
+                last = int(tokens.ids[tokens.trained][-1])
+                if last in self.tokenizer.all_special_ids or last in self.tokenizer.added_tokens_decoder:
+                    found.add(last)
+        return sorted(found)
+
+    def encode(self, samples: Sequence[Sample]) -> list[Tokens | Reject]:
+        """Tokenize many samples at once; a Reject where the template refuses one."""
+        texts: list[str] = []
+        spans: list[list[tuple[int, int]]] = []  # characters of each text that are answers
+        results: list[Tokens | Reject | None] = []
+        for sample in samples:
+            try:
+                text, answers = self._with_spans(sample)
+            except _TemplateRefusal as refusal:
+                results.append(Reject("refused by the chat template", str(refusal)))
+                continue
+            texts.append(text)
+            spans.append(answers)
+            results.append(None)
+        encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
+        span = iter(spans)
+        return [
+            self._tokens(next(encodings), next(span), s) if r is None else r
+            for r, s in zip(results, samples, strict=True)
+        ]
+
+    def _with_spans(self, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
+        if isinstance(sample, Joined):
+            return sample.prompt + sample.answer, [(len(sample.prompt), len(sample.prompt) + len(sample.answer))]
+        text = self._render(sample.turns)
+        spans = []
+        for at, turn in enumerate(sample.turns):
+            if turn["role"] != "assistant":
+                continue
+            start = len(before := self._render(sample.turns[:at], answer_next=True))
+            through = text if at == len(sample.turns) - 1 else self._render(sample.turns[: at + 1])
+            if not (through.startswith(before) and text.startswith(through)):
+                raise _TemplateRefusal("it renders a turn differently once later turns follow, so no loss mask exists")
+            # White space behind the end-of-turn marker belongs to the layout, not to the answer.
+            spans.append((start, len(through.rstrip())))
+        return text, spans
+
+    def _tokens(self, encoding: Any, spans: list[tuple[int, int]], sample: Sample) -> Tokens:
+        ids = np.asarray(encoding.ids, dtype=np.int32)
+        starts = np.fromiter((offset[0] for offset in encoding.offsets), dtype=np.int64, count=len(ids))
+        trained = np.zeros(len(ids), dtype=bool)
+        for start, end in spans:
+            trained |= (starts >= start) & (starts < end)
+        if isinstance(sample, Joined):
+            if self.bos is not None and (not len(ids) or ids[0] != self.bos):
+                ids, trained = np.insert(ids, 0, self.bos), np.insert(trained, 0, False)
+            if self.eos is not None:
+                ids, trained = np.append(ids, np.int32(self.eos)), np.append(trained, True)
+        trained[:1] = False  # nothing stands before the first token that could predict it
+        return Tokens(ids, trained)
+
+    def _render(self, turns: Sequence[dict[str, str]], answer_next: bool = False) -> str:
+        import jinja2
+
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                list(turns), tokenize=False, add_generation_prompt=answer_next
+            )
+        except jinja2.TemplateError as error:
+            raise _TemplateRefusal(str(error)) from error
+        assert isinstance(rendered, str)
+        return rendered
+
+
+class _TemplateRefusal(Exception):
+    pass
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a local model folder, kept per process.
+
+    Raises:
+        ModelError: the folder holds no usable fast tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model.path {folder!r} has no usable tokenizer: {str(error).splitlines()[0]}",
+            ["copy tokenizer.json and tokenizer_config.json of the model into the folder"],
+        ) from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer in {folder!r} is a slow one ({type(tokenizer).__name__}); character offsets are needed",
+            ["add a tokenizer.json: AutoTokenizer.from_pretrained(…, use_fast=True).save_pretrained(folder)"],
+        )
+    return tokenizer

@@ -1,0 +1,178 @@
+"""A row to a sample, or to the reason why it is none: the recipe's formats, nothing altered silently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from ray_ft.data.sources import Reject
+from ray_ft.recipe import (
+    MessagesSource,
+    PromptCompletionSource,
+    Source,
+    TemplateSource,
+    TextSource,
+    TranslationSource,
+    template_fields,
+)
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns for the chat template; every assistant turn is trained. Each turn is {"role", "content"}."""
+
+    turns: tuple[dict[str, str], ...]
+
+    @property
+    def prompt(self) -> tuple[dict[str, str], ...]:
+        """All turns before the last answer."""
+        return self.turns[:-1]
+
+    @property
+    def answer(self) -> str:
+        return self.turns[-1]["content"]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Text without a chat template: `answer` follows `prompt` and is trained; plain text has an empty prompt."""
+
+    prompt: str
+    answer: str
+
+
+Sample = Conversation | Joined
+
+
+class _Unusable(Exception):
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reject = Reject(reason, detail)
+
+
+def to_sample(source: Source, row: dict[str, Any]) -> Sample | Reject:
+    """What the source's format makes of one row."""
+    try:
+        sample = _READERS[type(source)](source, row)
+    except _Unusable as unusable:
+        return unusable.reject
+    return sample
+
+
+def columns_used(source: Source) -> set[str]:
+    """Columns without which no row of the source can be used."""
+    match source:
+        case MessagesSource() | TextSource():
+            return {source.field}
+        case PromptCompletionSource():
+            return {source.prompt_field, source.completion_field}
+        case TemplateSource():
+            return template_fields(source.prompt) | template_fields(source.completion)
+        case TranslationSource():
+            codes = {source.source_lang_code_field} if source.source_lang_code is None else set()
+            codes |= {source.target_lang_code_field} if source.target_lang_code is None else set()
+            return {source.source_field, source.target_field} | codes
+    raise TypeError(f"no reader for {type(source).__name__}")
+
+
+@lru_cache(maxsize=1024)
+def language_name(code: str) -> str:
+    """English name of a language code (en, pt-BR, zh_Hans, sr_Cyrl_RS); an unknown code is its own name.
+
+    Names come from the CLDR tables in Babel.
+    """
+    from babel import Locale, UnknownLocaleError
+
+    try:
+        return Locale.parse(code.replace("-", "_")).get_display_name("en") or code
+    except (UnknownLocaleError, ValueError):
+        return code
+
+
+def _text(row: dict[str, Any], field: str, *, empty_ok: bool = False) -> str:
+    if field not in row:
+        raise _Unusable(f"missing field {field!r}", f"the row has {', '.join(map(repr, list(row)[:8])) or 'no fields'}")
+    value = row[field]
+    if not isinstance(value, str):
+        kind = "null" if value is None else type(value).__name__
+        raise _Unusable(f"field {field!r} is {kind}, not a string", repr(value)[:80])
+    if not empty_ok and not value.strip():
+        raise _Unusable(f"field {field!r} is empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _Unusable(f"field {field!r} holds a lone surrogate", "half of a UTF-16 pair; not text") from None
+    return value
+
+
+def _asked(prompt: str, answer: str, chat: bool) -> Sample:
+    if not answer.strip():
+        raise _Unusable("empty answer")
+    if not chat:
+        return Joined(prompt, answer)
+    return Conversation(({"role": "user", "content": prompt}, {"role": "assistant", "content": answer}))
+
+
+def _messages(source: MessagesSource, row: dict[str, Any]) -> Sample:
+    messages = row.get(source.field)
+    if not isinstance(messages, list) or not messages:
+        raise _Unusable(f"field {source.field!r} is not a list of messages", repr(messages)[:80])
+    turns = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            role = message.get("role") if isinstance(message, dict) else message
+            raise _Unusable("unknown role in a message", f"{role!r} in message {number}; known: {', '.join(ROLES)}")
+        turns.append({"role": message["role"], "content": _content(message)})
+    if turns[-1]["role"] != "assistant":
+        raise _Unusable("the last message is not the assistant's", f"it is the {turns[-1]['role']}'s")
+    return Conversation(tuple(turns))
+
+
+def _content(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {"type": type(part).__name__} for part in content]
+        if other := [part for part in parts if part.get("type") != "text"]:
+            raise _Unusable("message part is not text", f"type {other[0].get('type')!r}")
+        content = "".join(_text(part, "text", empty_ok=True) for part in parts)
+        message = {**message, "content": content}
+    return _text(message, "content", empty_ok=message.get("role") == "system")
+
+
+def _prompt_completion(source: PromptCompletionSource, row: dict[str, Any]) -> Sample:
+    return _asked(_text(row, source.prompt_field), _text(row, source.completion_field), source.chat)
+
+
+def _template(source: TemplateSource, row: dict[str, Any]) -> Sample:
+    fields = {name: _text(row, name, empty_ok=True) for name in sorted(columns_used(source))}
+    return _asked(source.prompt.format(**fields), source.completion.format(**fields), source.chat)
+
+
+def _translation(source: TranslationSource, row: dict[str, Any]) -> Sample:
+    source_code = source.source_lang_code or _text(row, source.source_lang_code_field)
+    target_code = source.target_lang_code or _text(row, source.target_lang_code_field)
+    prompt = source.prompt.format(
+        source_lang=language_name(source_code) if source.source_lang_name == "auto" else source.source_lang_name,
+        src_lang_code=source_code,
+        target_lang=language_name(target_code) if source.target_lang_name == "auto" else source.target_lang_name,
+        tgt_lang_code=target_code,
+        text=_text(row, source.source_field),
+    )
+    return _asked(prompt, _text(row, source.target_field), chat=True)
+
+
+def _plain(source: TextSource, row: dict[str, Any]) -> Sample:
+    return Joined("", _text(row, source.field))
+
+
+_READERS: dict[type[Source], Callable[[Any, dict[str, Any]], Sample]] = {
+    MessagesSource: _messages,
+    PromptCompletionSource: _prompt_completion,
+    TemplateSource: _template,
+    TranslationSource: _translation,
+    TextSource: _plain,
+}

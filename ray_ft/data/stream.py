@@ -1,0 +1,125 @@
+"""The recipe's data on Ray Data: work spread over the cluster, and rows streamed to workers in order.
+
+With `preserve_order`, a strict repartition into blocks of one worker's share of one step, and an equal split, Ray Data
+deals block after block to worker after worker: step s of worker r is block s × workers + r. Every batch carries the
+positions of its rows, and `batches` refuses one that is not the next: an order that broke is an error, never a
+silently different run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ray_ft.data.order import Order, Slice
+from ray_ft.data.pack import Rows
+from ray_ft.errors import TrainingError
+
+if TYPE_CHECKING:
+    import ray.data
+
+PREFETCH_STEPS = 4  # blocks that wait in each worker; a block is one worker's rows of one step
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's rows of one step; `first` is the position of the first of them in the order."""
+
+    first: int
+    rows: Rows
+
+
+def in_process(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterable[Any]:
+    """Spread without Ray: one after the other, here."""
+    return map(function, items)
+
+
+def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """Apply a function to every item by Ray Data tasks, anywhere in the cluster; results come in the items' order."""
+    import pickle
+
+    import ray.data
+
+    def run(row: dict[str, Any]) -> dict[str, Any]:
+        return {"result": pickle.dumps(function(pickle.loads(row["item"])))}
+
+    # Opaque bytes both ways: Arrow would otherwise guess a schema for nested results, task by task.
+    rows = [{"item": pickle.dumps(item)} for item in items]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(run, num_cpus=1)
+    dataset.context.execution_options.preserve_order = True
+    for row in dataset.iter_rows():
+        yield pickle.loads(row["result"])
+
+
+def training_dataset(order: Order, start: int, stop: int, rows_per_block: int) -> ray.data.Dataset:
+    """Positions [start, stop) of the order as a Ray Dataset of blocks of exactly `rows_per_block` rows.
+
+    Columns: ``position`` int64, ``input_ids`` int32 [seq_len], ``flags`` uint8 [seq_len].
+    """
+    import pickle
+
+    import ray.data
+
+    prepared = order.prepared
+
+    def read(batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        for item in batch["slice"]:
+            part: Slice = pickle.loads(item)
+            rows = part.read(prepared)
+            yield {
+                "position": np.arange(part.position, part.position + len(rows), dtype=np.int64),
+                "input_ids": rows.input_ids,
+                "flags": rows.flags,
+            }
+
+    items = [{"slice": pickle.dumps(part)} for part in order.slices(start, stop)]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    dataset.context.execution_options.preserve_order = True
+    return dataset.map_batches(read, batch_size=1, zero_copy_batch=True).repartition(
+        target_num_rows_per_block=rows_per_block, strict=True
+    )
+
+
+def batches(
+    shard: ray.data.DataIterator, order: Order, start: int, rank: int, world: int, rows: int
+) -> Iterator[Batch]:
+    """One worker's batches from its shard of `training_dataset`, each checked to be the next in the order.
+
+    Raises:
+        TrainingError: Ray Data delivered other rows than the order says.
+    """
+    expected = start + rank * rows
+    options: dict[str, Any] = {"batch_size": rows, "prefetch_batches": PREFETCH_STEPS, "batch_format": "numpy"}
+    for columns in shard.iter_batches(**options):
+        position = columns["position"]
+        if position[0] != expected or not np.array_equal(position, np.arange(expected, expected + rows)):
+            raise TrainingError(
+                f"worker {rank} received rows {position.tolist()[:4]}… where the order has {expected}…{expected + rows - 1}",
+                [
+                    "train again: it resumes at the newest checkpoint",
+                    "report this with the recipe; it should not happen",
+                ],
+            )
+        yield Batch(expected, Rows(columns["input_ids"], columns["flags"]))
+        expected += rows * world
+
+
+def local_batches(order: Order, start: int, stop: int, rank: int, world: int, rows: int) -> Iterator[Batch]:
+    """The same batches read directly, without Ray Data: for one process, and for held-out rows.
+
+    Every worker reads all slices and keeps its rows, which is right for small data only.
+    """
+    held: list[Rows] = []
+    held_rows, first, block = 0, start, 0
+    for part in order.slices(start, stop):
+        held.append(part.read(order.prepared))
+        held_rows += part.take
+        while held_rows >= rows:
+            joined = Rows.concatenate(held) if len(held) > 1 else held[0]
+            if block % world == rank:
+                yield Batch(first, joined.take(slice(0, rows)))
+            held = [joined.take(slice(rows, None))]
+            held_rows, first, block = held_rows - rows, first + rows, block + 1

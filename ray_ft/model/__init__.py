@@ -1,0 +1,1 @@
+"""The model: built without weights, adapted, filled from its checkpoint, and its loss."""

@@ -1,0 +1,70 @@
+"""The training loss: summed cross-entropy over target tokens, never holding the logits of a whole batch.
+
+Only positions with a target are projected onto the vocabulary, `chunk` of them at a time, and each chunk's logits are
+computed again in the backward pass. For Gemma 3's 262,208 words and 8,192 target tokens, logits in float32 would take
+8 GiB; a chunk of 1,024 takes 1 GiB.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IGNORE = -100
+
+
+class LossModel(nn.Module):
+    """A causal language model whose forward pass is its loss.
+
+    It wraps the model rather than calling parts of it from outside, because sharding strategies gather parameters in
+    the forward hooks of the outermost module.
+    """
+
+    def __init__(self, model: PreTrainedModel, chunk: int) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk = chunk
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Sum of the negative log-likelihoods of the target tokens, in nats.
+
+        Args:
+            input_ids: int64 [rows, tokens].
+            position_ids: int64 [rows, tokens], restarting at 0 with each document. They alone keep documents apart: an
+                attention mask, even of ones, would let them see each other.
+            labels: int64 [rows, tokens], not shifted; `IGNORE` where there is no target.
+
+        Returns:
+            float32 scalar. It depends on every trained parameter also when no token is a target, so that no worker
+            leaves a collective operation out.
+        """
+        backbone = getattr(self.model, self.model.base_model_prefix)
+        hidden = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        targets = labels[:, 1:]
+        wanted = targets != IGNORE
+        states, words = hidden[:, :-1][wanted], targets[wanted]
+        total = hidden.sum().float() * 0.0 if not len(words) else hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, max(len(words), 1), self.chunk):
+            part = slice(start, start + self.chunk)
+            total = total + checkpoint(self._chunk_loss, states[part], words[part], use_reentrant=False)
+        return total
+
+    def _chunk_loss(self, states: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        logits = self.model.get_output_embeddings()(states).float()
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return F.cross_entropy(logits, words, reduction="sum")
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformer, in order: what is sharded and recomputed as a unit."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]

@@ -1,0 +1,356 @@
+"""Where things lie: the run directory and its manifest, on any pyarrow filesystem.
+
+A location is a local path or a URI (``s3://``, ``gs://``, ``file://``, or any protocol that fsspec knows). Nothing here
+imports torch or ray, so that serving and the command line can read a run without loading either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import posixpath
+import shutil
+import tempfile
+import uuid
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from ray_ft.errors import ModelError, ServeError, StorageError
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = 1
+
+
+def is_uri(location: str) -> bool:
+    return "://" in location
+
+
+def absolute(location: str) -> str:
+    """A location that means the same on every process of this machine: URIs as they are, paths made absolute."""
+    return location if is_uri(location) else os.path.abspath(os.path.expanduser(location))
+
+
+def join(location: str, *parts: str) -> str:
+    return posixpath.join(location, *parts)
+
+
+def filesystem(location: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of `location` and the path on it.
+
+    pyarrow's own filesystems first (local, s3, gs, hdfs); any other protocol through fsspec.
+
+    Raises:
+        StorageError: the protocol is unknown to both.
+    """
+    if not is_uri(location):
+        return pafs.LocalFileSystem(), absolute(location)
+    try:
+        return pafs.FileSystem.from_uri(location)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError):
+        import fsspec
+
+        try:
+            fs, path = fsspec.core.url_to_fs(location)
+        except (ValueError, ImportError) as error:
+            raise StorageError(
+                f"cannot open {location!r}: {error}",
+                ["use a local path, s3://, gs://, or a protocol whose fsspec package is installed"],
+            ) from error
+        return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
+
+
+def exists(location: str) -> bool:
+    fs, path = filesystem(location)
+    return fs.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def list_dir(location: str) -> list[str]:
+    """Base names in a folder, sorted; empty where it does not exist."""
+    fs, path = filesystem(location)
+    infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in infos)
+
+
+def read_bytes(location: str) -> bytes:
+    fs, path = filesystem(location)
+    with fs.open_input_stream(path, compression=None) as stream:
+        return stream.read()
+
+
+def read_text(location: str) -> str:
+    return read_bytes(location).decode("utf-8")
+
+
+def write_bytes(location: str, content: bytes) -> None:
+    """Write a whole file so that a reader sees the old content or the new one, never half of it."""
+    fs, path = filesystem(location)
+    parent = posixpath.dirname(path)
+    if not isinstance(fs, pafs.LocalFileSystem):  # an object store publishes an object when its upload is complete
+        fs.create_dir(parent, recursive=True)
+        with fs.open_output_stream(path, compression=None) as stream:
+            stream.write(content)
+        return
+    os.makedirs(parent, exist_ok=True)
+    partial = f"{path}.{uuid.uuid4().hex[:8]}.partial"
+    with open(partial, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+
+
+def write_text(location: str, content: str) -> None:
+    write_bytes(location, content.encode("utf-8"))
+
+
+def write_json(location: str, content: Any) -> None:
+    write_text(location, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(location: str) -> Any:
+    return json.loads(read_bytes(location))
+
+
+def delete_dir(location: str) -> None:
+    fs, path = filesystem(location)
+    with contextlib.suppress(FileNotFoundError):
+        fs.delete_dir(path)
+
+
+def move(source: str, target: str) -> None:
+    """Rename a file or folder within one filesystem, replacing what was at `target`."""
+    fs, old = filesystem(source)
+    _, new = filesystem(target)
+    if fs.get_file_info(new).type == pafs.FileType.Directory:
+        fs.delete_dir(new)
+    if isinstance(fs, pafs.LocalFileSystem):
+        os.replace(old, new)
+        return
+    if fs.get_file_info(old).type == pafs.FileType.File:
+        fs.move(old, new)
+        return
+    for info in fs.get_file_info(pafs.FileSelector(old, recursive=True)):  # object stores have no folder rename
+        if info.type == pafs.FileType.File:
+            fs.move(info.path, posixpath.join(new, posixpath.relpath(info.path, old)))
+    with contextlib.suppress(FileNotFoundError):
+        fs.delete_dir(old)
+
+
+def upload_dir(folder: str | Path, location: str) -> None:
+    """Copy a local folder to `location`, file by file, keeping what is already there."""
+    fs, path = filesystem(location)
+    fs.create_dir(path, recursive=True)
+    pafs.copy_files(str(folder), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
+
+
+def local_copy(location: str, cache: str | Path | None = None) -> str:
+    """A local folder with the content of `location`: itself when local, else a download kept per machine and content.
+
+    Two processes may ask at once; each downloads beside and the first rename wins.
+    """
+    fs, path = filesystem(location)
+    if isinstance(fs, pafs.LocalFileSystem):
+        return path
+    infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
+    stamp = sorted((i.path, i.size, i.mtime_ns) for i in infos if i.type == pafs.FileType.File)
+    key = hashlib.sha256(repr((location, stamp)).encode()).hexdigest()[:16]
+    root = Path(cache or os.environ.get("RAY_FT_CACHE", Path.home() / ".cache" / "ray_ft"))
+    target = root / key
+    if not target.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.mkdtemp(dir=root)
+        pafs.copy_files(path, beside, source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
+        try:
+            os.rename(beside, target)
+        except OSError:
+            if not target.exists():
+                raise
+            shutil.rmtree(beside)
+    return str(target)
+
+
+def probe_writable(location: str) -> None:
+    """Write, read back and delete a small file.
+
+    Raises:
+        StorageError: the location does not take or return it.
+    """
+    name = join(location, f".probe-{uuid.uuid4().hex[:8]}")
+    try:
+        write_bytes(name, b"ray-ft")
+        if read_bytes(name) != b"ray-ft":
+            raise OSError("what was written did not come back")
+        fs, path = filesystem(name)
+        fs.delete_file(path)
+    except OSError as error:
+        raise StorageError(
+            f"run.storage {location!r} is not writable: {error}",
+            [
+                "check the path, its permissions and the free space",
+                "for s3:// or gs:// check the credentials in the environment of every node",
+                "choose another place with run.storage=…",
+            ],
+        ) from error
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The layout of one run's directory; `root` is ``<run.storage>/<run.name>``."""
+
+    root: str
+
+    def at(self, *parts: str) -> str:
+        return join(self.root, *parts)
+
+    @property
+    def recipe(self) -> str:
+        return self.at("recipe.yaml")
+
+    @property
+    def rejects(self) -> str:
+        return self.at("data", "rejects.jsonl")
+
+    @property
+    def stats(self) -> str:
+        return self.at("data", "stats.json")
+
+    @property
+    def checkpoints(self) -> str:
+        return self.at("checkpoints")
+
+    @property
+    def metrics(self) -> str:
+        return self.at("metrics.jsonl")
+
+    @property
+    def tensorboard(self) -> str:
+        return self.at("tensorboard")
+
+    @property
+    def logs(self) -> str:
+        return self.at("logs")
+
+    @property
+    def evaluation(self) -> str:
+        return self.at("eval", "report.json")
+
+    @property
+    def export(self) -> str:
+        return self.at("export")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``manifest.json`` of an exported model: all that serving knows of how it was made.
+
+    Attributes:
+        folder: the Hugging Face folder that the manifest lies in (a location).
+        content: the parsed JSON. Keys: ``format``, ``run``, ``step``, ``base``, ``recipe_sha256``, ``metrics``
+            (name → number), ``created``, ``model`` {``architecture``, ``model_type``, ``dtype``, ``parameters``,
+            ``bytes``, ``max_position_embeddings``, ``trained_seq_len``, ``stop_token_ids``}, ``serve`` (the recipe's
+            serve section) and ``files`` (name → {``bytes``, ``sha256``}).
+    """
+
+    folder: str
+    content: dict[str, Any]
+
+    @cached_property
+    def model(self) -> dict[str, Any]:
+        return self.content["model"]
+
+    @property
+    def serve(self) -> dict[str, Any]:
+        return self.content["serve"]
+
+    @property
+    def run(self) -> str:
+        return self.content["run"]
+
+    def save(self) -> None:
+        write_json(join(self.folder, MANIFEST), self.content)
+
+    @classmethod
+    def load(cls, run_or_folder: str) -> Manifest:
+        """Read the manifest of a run directory or of an export folder.
+
+        Raises:
+            ServeError: there is none, or it is of another format.
+        """
+        location = absolute(run_or_folder)
+        for folder in (location, join(location, "export")):
+            if exists(join(folder, MANIFEST)):
+                content = read_json(join(folder, MANIFEST))
+                if content.get("format") != MANIFEST_FORMAT:
+                    raise ServeError(
+                        f"{join(folder, MANIFEST)} has format {content.get('format')!r}, this version reads "
+                        f"{MANIFEST_FORMAT}",
+                        ["export the run again with this version: ray-ft export RUN"],
+                    )
+                return cls(folder, content)
+        raise ServeError(
+            f"no {MANIFEST} in {run_or_folder!r} or its export/ folder",
+            ["export the run first: ray-ft export RUN", "name a run directory or an export folder"],
+        )
+
+
+class Appender:
+    """Collects a file piece by piece in bounded memory; it appears at `location` when the block ends without error."""
+
+    def __init__(self, location: str) -> None:
+        self._fs, self._path = filesystem(location)
+        self._location = location
+
+    def __enter__(self) -> Appender:
+        self._fs.create_dir(posixpath.dirname(self._path), recursive=True)
+        self._partial = f"{self._location}.{uuid.uuid4().hex[:8]}.partial"
+        _, path = filesystem(self._partial)
+        self._stream = self._fs.open_output_stream(path, compression=None)
+        return self
+
+    def write(self, content: bytes) -> None:
+        self._stream.write(content)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stream.close()
+        if kind is None:
+            move(self._partial, self._location)
+        else:
+            fs, path = filesystem(self._partial)
+            fs.delete_file(path)
+
+
+def model_folder(location: str, *, weights: bool = True) -> str:
+    """A local folder of a model: of a local path, of a URI (downloaded once per machine), or of a hub id.
+
+    Args:
+        weights: False fetches only config, tokenizer and template from a hub.
+
+    Raises:
+        ModelError: there is no such folder, and the hub has no such model or cannot be reached.
+    """
+    if is_uri(location):
+        return local_copy(location)
+    local = absolute(location)
+    if os.path.isdir(local):
+        return local
+    ways_out = ["give a local folder, a URI, or a hub id such as google/gemma-3-27b-it"]
+    if location.count("/") != 1 or location.startswith((".", "/", "~")):
+        raise ModelError(f"model.path {location!r} is no folder", ways_out)
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt"] + (["*.safetensors"] if weights else [])
+    try:
+        return huggingface_hub.snapshot_download(location, allow_patterns=patterns)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"model.path {location!r} is no local folder and cannot be fetched from the hub: {str(error).splitlines()[0]}",
+            [*ways_out, "for a gated model accept its terms on the hub and set HF_TOKEN on every node"],
+        ) from error

@@ -1,0 +1,219 @@
+"""One Ray connection for one command: quiet, private when local, ended with the command."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ray_ft.errors import ResourceError
+
+if TYPE_CHECKING:
+    import psutil
+
+#: CPUs that Ray counts beside those of the machine when it runs only here: data tasks are short and mostly wait for
+#: storage, and workers that reserve every core would otherwise leave none for them.
+SPARE_CPUS = 1
+OBJECT_STORE_BYTES = 512 << 20
+
+
+def address() -> str:
+    """The cluster to use, from RAY_ADDRESS; empty: Ray of one's own on this machine."""
+    value = os.environ.get("RAY_ADDRESS", "")
+    return "" if value == "local" else value  # Ray's word for a cluster of one's own
+
+
+@contextlib.contextmanager
+def connected(workers: int = 0, cpus_per_worker: float = 0, gpus_per_worker: int = 0) -> Iterator[None]:
+    """Connected to the cluster of `address` for the duration of the block, or with Ray started here for it.
+
+    Args:
+        workers: how many workers will be asked for, to say at once when they cannot be placed.
+
+    Raises:
+        ResourceError: the cluster has too few CPUs or GPUs, or cannot be reached.
+    """
+    import_ray_for(address())
+    import ray
+
+    if ray.is_initialized():  # the caller's own connection, which stays
+        _check(workers, cpus_per_worker, gpus_per_worker)
+        yield
+        return
+    if not address():
+        _check_machine(workers, cpus_per_worker)
+    with ray_running(address(), OBJECT_STORE_BYTES):
+        _quiet_data()
+        _check(workers, cpus_per_worker, gpus_per_worker)
+        yield
+
+
+def gpus() -> int:
+    """GPUs of the connected cluster."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def import_ray_for(address: str) -> None:
+    """To be called before Ray is imported: sets what Ray reads at that moment."""
+    if not address:
+        # Ray listens on its node's address. This, Ray's default on Windows and macOS, makes that address loopback.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns about a default that will change
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # Ray has one task per core already
+
+
+@contextlib.contextmanager
+def ray_running(address: str, object_store_bytes: int) -> Iterator[None]:
+    """Connected to the cluster at `address`, or to a private one that ends with the block and leaves no process.
+
+    Ray's own messages go to its log files, and this process keeps its signal handlers.
+
+    Raises:
+        ResourceError: no cluster answers at the address.
+    """
+    import_ray_for(address)
+    import ray
+
+    try:
+        with _keeping_signals():
+            if address:
+                try:
+                    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+                except (ConnectionError, RuntimeError, ValueError) as error:
+                    raise ResourceError(
+                        f"no Ray cluster answers at RAY_ADDRESS={address}: {error}",
+                        ["start it or correct the address", "unset RAY_ADDRESS to run on this machine alone"],
+                    ) from error
+            else:
+                _start(object_store_bytes)
+        yield
+    finally:
+        with closing():
+            started = [] if address else _descendants()
+            ray.shutdown()
+            _end(started)
+
+
+def _start(object_store_bytes: int) -> None:
+    import ray
+    from tenacity import retry, retry_if_exception_type, stop_after_attempt
+
+    # On a cold disk the first start can exceed Ray's own time limit; the second finds the files in memory.
+    @retry(
+        stop=stop_after_attempt(2),
+        retry=retry_if_exception_type((TimeoutError, RuntimeError)),
+        before_sleep=lambda _: ray.shutdown(),
+        reraise=True,
+    )
+    def start() -> None:
+        ray.init(
+            address="local",  # never the cluster that somebody's `ray start` left on this machine
+            num_cpus=_cores() + SPARE_CPUS,
+            object_store_memory=object_store_bytes,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+
+    start()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _quiet_data() -> None:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+
+
+def _check_machine(workers: int, cpus_per_worker: float) -> None:
+    if workers * cpus_per_worker > _cores():
+        raise ResourceError(
+            f"train.workers = {workers} × train.cpus_per_worker = {cpus_per_worker:g} need "
+            f"{workers * cpus_per_worker:g} CPUs; this machine has {_cores()}",
+            [
+                f"train.workers={max(int(_cores() / cpus_per_worker), 1)}",
+                "a smaller train.cpus_per_worker",
+                "run on a cluster: set RAY_ADDRESS, or ray job submit",
+            ],
+        )
+
+
+def _check(workers: int, cpus_per_worker: float, gpus_per_worker: int) -> None:
+    import ray
+
+    have = ray.cluster_resources()
+    for name, each, setting in (("GPU", gpus_per_worker, ""), ("CPU", cpus_per_worker, " × train.cpus_per_worker")):
+        if workers * each > have.get(name, 0):
+            raise ResourceError(
+                f"train.workers = {workers}{setting} need {workers * each:g} {name}s; the cluster has {have.get(name, 0):g}",
+                ["fewer train.workers", "add nodes to the cluster"] + (["train.device=cpu"] if name == "GPU" else []),
+            )
+
+
+# ---------------------------------------------------------------------------------------------- processes and signals
+
+
+def _descendants() -> list[psutil.Process]:
+    """The processes below this one: the private Ray, its workers and what those started."""
+    import psutil
+
+    return psutil.Process().children(recursive=True)
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """Wait for processes to go, then make them go: vLLM's engine can outlive a replica that was killed."""
+    import psutil
+
+    _, left = psutil.wait_procs(processes, timeout=5)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=5)
+
+
+@contextlib.contextmanager
+def handling(handler: Any) -> Iterator[None]:
+    """SIGINT and SIGTERM go to `handler` while the block runs; of no effect outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+@contextlib.contextmanager
+def _keeping_signals() -> Iterator[None]:
+    """Put back this process's handlers after the block: Ray installs its own for SIGTERM, which exits with 15."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        if callable(handler):  # where there was none, Ray's is better: it lets cleaning up happen
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def closing() -> Iterator[None]:
+    """An impatient second Ctrl-C must not leave processes behind; and Ray reports its own end as an error."""
+    with handling(signal.SIG_IGN), contextlib.redirect_stdout(io.StringIO()):
+        yield

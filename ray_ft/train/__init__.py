@@ -1,0 +1,1 @@
+"""Training: launched on Ray, or in this process."""

@@ -1,0 +1,178 @@
+"""The training loop: an ordinary loop over batches. It knows neither Ray nor where the batches come from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ray_ft.data import pack
+from ray_ft.data.order import Order
+from ray_ft.data.stream import Batch, local_batches
+from ray_ft.errors import TrainingError
+from ray_ft.recipe import Train
+from ray_ft.strategy.base import Strategy
+from ray_ft.train.metrics import Meter
+from ray_ft.train.schedule import due, learning_rate
+
+
+class Link(Protocol):
+    """What connects the loop to whoever started it."""
+
+    def log(self, row: dict[str, float]) -> None:
+        """Take a row of metrics; called by rank 0."""
+
+    def stop_requested(self) -> bool:
+        """Whether the run should end after this step, with a checkpoint; asked of rank 0."""
+
+
+class Saver(Protocol):
+    """Writes a checkpoint after `step` finished steps."""
+
+    def __call__(self, step: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`loss` is the mean over the step's target tokens (nats); `norm` the gradient's before clipping."""
+
+    loss: float
+    norm: float
+    tokens: int
+    stop: bool
+
+
+def train_step(strategy: Strategy, batch: Batch, settings: Train, lr: float, stop: bool) -> StepResult:
+    """One optimizer step: the sum of gradients over all target tokens of the global batch, divided by their number.
+
+    The divisor is global, so the step does not depend on how rows lie over workers, micro-batches and padding.
+
+    Args:
+        batch: this worker's rows of the step.
+        stop: whether this worker asks for the run to end after this step.
+
+    Raises:
+        TrainingError: the gradient is not finite; nothing has been updated.
+    """
+    device = strategy.layout.device
+    targets = int(np.count_nonzero(batch.rows.flags & pack.TRAINED))
+    shared = torch.tensor([targets, float(stop)], dtype=torch.float64, device=device)
+    tokens, stops = strategy.all_reduce(shared).tolist()
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    for micro in micro_batches(batch.rows, settings.micro_batch):
+        with strategy.precision():
+            loss = strategy.module(*tensors(micro, device))
+        strategy.backward(loss / tokens)
+        total += loss.detach()
+    norm = strategy.finish(settings.clip_norm).item()
+    mean = strategy.all_reduce(total.clone()).item() / tokens
+    if not (np.isfinite(norm) and np.isfinite(mean)):
+        raise _NotFinite(mean, norm, not np.isfinite(total.item()))
+    strategy.update(lr)
+    return StepResult(mean, norm, int(tokens), stops > 0)
+
+
+def train(
+    strategy: Strategy,
+    batches: Iterable[Batch],
+    order: Order,
+    held_out: Order | None,
+    settings: Train,
+    start: int,
+    total: int,
+    save: Saver,
+    link: Link,
+) -> int:
+    """Train from step `start` to `total`, evaluating, saving and logging as the recipe says. Returns the steps done."""
+    layout, meter = strategy.layout, Meter(strategy, settings)
+    stream = iter(batches)
+    finished = start
+    for step in range(start, total):
+        waited = time.perf_counter()
+        batch = next(stream)
+        meter.waited(time.perf_counter() - waited)
+        lr = learning_rate(settings.schedule, settings.optimizer.lr, step, total)
+        try:
+            result = train_step(strategy, batch, settings, lr, stop=layout.rank == 0 and link.stop_requested())
+        except _NotFinite as fault:
+            raise _explain(fault, step, batch, order, layout.rank) from None
+        finished = step + 1
+        row = meter.step(finished, result.loss, result.norm, lr, batch.rows)
+        held_out_due = held_out is not None and due(settings.eval_every, finished, total)
+        if held_out_due:
+            assert held_out is not None
+            row["eval_loss"] = evaluate(strategy, held_out, settings.micro_batch)
+            meter.pause()
+        if result.stop or due(settings.checkpoint.every, finished, total):
+            began = time.perf_counter()
+            save(finished)
+            row["checkpoint_seconds"] = time.perf_counter() - began
+            meter.pause()
+        if layout.rank == 0 and (
+            held_out_due or result.stop or finished == 1 or due(settings.log_every, finished, total)
+        ):
+            link.log(meter.row(row))
+        if result.stop:
+            break
+    return finished
+
+
+def evaluate(strategy: Strategy, order: Order, micro_batch: int) -> float:
+    """Mean loss over every row of `order` exactly once, in nats per target token."""
+    layout = strategy.layout
+    sums = torch.zeros(2, dtype=torch.float64, device=layout.device)
+    share = micro_batch * layout.world
+    stop = -(-order.rows // share) * share  # padding completes the last round, so that every worker takes part
+    with strategy.evaluating():
+        for batch in local_batches(order, 0, stop, layout.rank, layout.world, micro_batch):
+            with strategy.precision():
+                sums[0] += strategy.module(*tensors(batch.rows, layout.device)).double()
+            sums[1] += int(np.count_nonzero(batch.rows.flags & pack.TRAINED))
+    loss, tokens = strategy.all_reduce(sums).tolist()
+    return loss / tokens
+
+
+def micro_batches(rows: pack.Rows, size: int) -> Iterator[pack.Rows]:
+    for start in range(0, len(rows), size):
+        yield rows.take(slice(start, start + size))
+
+
+def tensors(rows: pack.Rows, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(input_ids, position_ids, labels), each int64 [rows, tokens], without columns that are padding in every row.
+
+    Leaving them out changes nothing that is computed for real tokens. The width is rounded up to a multiple of 64, so
+    that allocators and compiled kernels see few different shapes.
+    """
+    longest = int(np.count_nonzero((rows.flags & pack.REAL).any(axis=0)))
+    width = min(max(-(-longest // 64) * 64, 64), rows.flags.shape[1])
+    ids, flags = rows.input_ids[:, :width], rows.flags[:, :width]
+    arrays = (ids.astype(np.int64), pack.position_ids(flags), pack.labels(ids, flags))
+    a, b, c = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
+    return a, b, c
+
+
+class _NotFinite(Exception):
+    def __init__(self, loss: float, norm: float, here: bool) -> None:
+        super().__init__(loss, norm, here)
+        self.loss, self.norm, self.here = loss, norm, here
+
+
+def _explain(fault: _NotFinite, step: int, batch: Batch, order: Order, rank: int) -> TrainingError:
+    """Names the step and, on the worker whose rows caused it, the rows."""
+    rows = ""
+    if fault.here or not np.isfinite(fault.norm):
+        names = [name for at in range(len(batch.rows)) for name in order.locate(batch.first + at)]
+        rows = f"; rows of worker {rank}: {', '.join(names[:8])}{f' … ({len(names)})' if len(names) > 8 else ''}"
+    return TrainingError(
+        f"step {step + 1}: loss {fault.loss:g}, gradient norm {fault.norm:g}; the step was not taken{rows}",
+        [
+            "lower train.optimizer.lr or add train.schedule.warmup_steps",
+            "look at the named rows",
+            "model.dtype=float32 if the model overflows in bfloat16",
+            "train again to resume at the newest checkpoint",
+        ],
+    )

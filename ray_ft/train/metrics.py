@@ -1,0 +1,149 @@
+"""What is measured while training, and where it is written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from ray_ft import paths
+from ray_ft.data import pack
+from ray_ft.recipe import Train
+from ray_ft.strategy.base import Strategy
+
+#: Dense bfloat16 peak in FLOP/s by a part of the device's name, from NVIDIA's data sheets (without sparsity).
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s of one device at best, or None where no figure is known (CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def flops_per_token(module: torch.nn.Module) -> float:
+    """Matrix-product FLOPs of one training step per token: 6 per trained, 4 per frozen weight (no gradient of the weight).
+
+    Counted as in Kaplan et al. 2020, without attention scores, and without embedding look-ups unless the matrix is also
+    the output projection. An under-count, so MFU is never flattered.
+    """
+    total = 0
+    for name, parameter in module.named_parameters():
+        if parameter.dim() >= 2 and not ("embed" in name and _has_own_head(module)):
+            total += parameter.numel() * (6 if parameter.requires_grad else 4)
+    return float(total)
+
+
+def _has_own_head(module: torch.nn.Module) -> bool:
+    return any("lm_head" in name for name, _ in module.named_parameters())
+
+
+class Meter:
+    """Counts since the last row of metrics. All rates are over the time spent training: evaluation and saving are left out."""
+
+    def __init__(self, strategy: Strategy, settings: Train) -> None:
+        self._strategy, self._settings = strategy, settings
+        self._flops, self._peak = flops_per_token(strategy.module), peak_flops(strategy.layout.device)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._began = self._last = time.perf_counter()
+        self._trained = self._wait = 0.0
+        self._tokens = self._places = 0
+
+    def waited(self, seconds: float) -> None:
+        """Time that the step waited for its rows."""
+        self._wait += seconds
+
+    def step(self, finished: int, loss: float, norm: float, lr: float, rows: pack.Rows) -> dict[str, float]:
+        now = time.perf_counter()
+        self._trained += now - self._last
+        self._last = now
+        self._tokens += int(np.count_nonzero(rows.flags & pack.REAL))
+        self._places += rows.flags.size
+        return {"step": finished, "loss": loss, "lr": lr, "grad_norm": norm}
+
+    def pause(self) -> None:
+        """What happened since the last step is not training time."""
+        self._last = time.perf_counter()
+
+    def row(self, row: dict[str, float]) -> dict[str, float]:
+        """The row completed with rates over all workers (each worker's share is taken to be alike); starts anew."""
+        layout, seconds = self._strategy.layout, max(self._trained, 1e-9)
+        row["tokens_per_second"] = self._tokens * layout.world / seconds
+        row["data_wait_share"] = self._wait / seconds
+        row["non_pad_share"] = self._tokens / max(self._places, 1)
+        row["memory_gib"] = memory_gib(layout.device)
+        if self._peak:
+            row["mfu"] = self._flops * self._tokens / seconds / self._peak
+        self._reset()
+        return row
+
+
+def memory_gib(device: torch.device) -> float:
+    """Largest memory so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB on Linux
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard of one run, in the process that started it.
+
+    A resumed run continues both: rows of steps that will be taken again are dropped. On object stores, which cannot
+    append, both are kept locally and uploaded by `flush`.
+    """
+
+    def __init__(self, run: paths.RunDir, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._run = run
+        self._rows: list[dict[str, Any]] = [row for row in read_metrics(run) if row["step"] <= start]
+        self._remote = paths.is_uri(run.root)
+        self._folder = tempfile.mkdtemp(prefix="ray_ft_tb_") if self._remote else run.tensorboard
+        self._writer = SummaryWriter(self._folder, purge_step=start + 1 if start else None)
+        paths.write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in self._rows))
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+        for name, value in row.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, int(row["step"]))
+        if not self._remote:
+            with open(self._run.metrics, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
+
+    def flush(self) -> None:
+        self._writer.flush()
+        if self._remote:
+            paths.write_text(self._run.metrics, "".join(json.dumps(row) + "\n" for row in self._rows))
+            paths.upload_dir(self._folder, self._run.tensorboard)
+
+    def close(self) -> None:
+        self.flush()
+        self._writer.close()
+
+
+def read_metrics(run: paths.RunDir) -> list[dict[str, Any]]:
+    """All rows of metrics.jsonl; a last line that was cut off by a crash is left out."""
+    if not paths.exists(run.metrics):
+        return []
+    lines = paths.read_text(run.metrics).split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

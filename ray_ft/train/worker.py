@@ -1,0 +1,115 @@
+"""What one worker builds: data → model → strategy → restore → train. The architecture on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ray_ft import paths
+from ray_ft.data.order import Order
+from ray_ft.data.prepare import Prepared
+from ray_ft.data.stream import Batch
+from ray_ft.errors import CheckpointError
+from ray_ft.model import adapt, load
+from ray_ft.model.loss import LossModel, decoder_layers
+from ray_ft.recipe import Recipe
+from ray_ft.strategy import Layout, make
+from ray_ft.train import checkpoint, optim
+from ray_ft.train.loop import Link, train
+from ray_ft.train.schedule import total_steps
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with its data prepared: what every worker receives."""
+
+    recipe: Recipe
+    train: Prepared
+    held_out: Prepared | None
+
+    @property
+    def order(self) -> Order:
+        return Order.of(self.recipe, self.train)
+
+    def start(self) -> checkpoint.Found | None:
+        """The checkpoint to resume from; the same answer for everyone who asks before the next one is committed.
+
+        Raises:
+            CheckpointError: it belongs to other data or another batch size, so its position means other rows.
+        """
+        found = checkpoint.newest(self.recipe.run.dir.checkpoints)
+        if found:
+            for key, value in self.identity().items():
+                if found.state[key] != value:
+                    raise CheckpointError(
+                        f"{found.location} was written with {key} = {found.state[key]!r}, the recipe now has {value!r}",
+                        ["train under another run.name", f"or set {key} back to continue this run"],
+                    )
+        return found
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change for a run to be continued: with it, step and batch mean the same rows."""
+        return {
+            "data.train": self.train.location.rpartition("/")[2],
+            "train.global_batch": self.recipe.train.global_batch,
+            "run.seed": self.recipe.run.seed,
+            "data.shuffle": self.recipe.data.shuffle,
+        }
+
+
+#: Gives a worker its batches of steps [start, total).
+BatchesFrom = Callable[[Order, int, int], Iterable[Batch]]
+
+
+def run(job: Job, layout: Layout, batches_from: BatchesFrom, link: Link) -> int:
+    """Build everything, resume where the run stands, train to the end. Returns the steps finished."""
+    recipe = job.recipe
+    if layout.device.type == "cpu":
+        # Without a limit every worker would start as many threads as the machine has cores.
+        torch.set_num_threads(max(int(recipe.train.cpus_per_worker), 1))
+
+    order = job.order
+    held_out = Order.once(job.held_out) if job.held_out else None
+    total = total_steps(recipe, order)
+
+    folder = paths.model_folder(recipe.model.path)
+    model = load.build(load.load_config(folder), recipe.model.attention)
+    adapt.freeze(model, recipe.model.freeze)
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    module = LossModel(model, recipe.train.loss_chunk)
+
+    strategy = make(recipe, layout)
+    strategy.setup(
+        module,
+        decoder_layers(model),
+        fill=lambda: load.fill(model, folder),
+        make_optimizer=lambda parameters: optim.build(recipe.train.optimizer, parameters),
+    )
+
+    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def state() -> dict[str, Any]:
+        return {
+            "model": {name: parameter for parameter, name in names.items()},
+            "optim": optim.state_tensors(strategy.optimizer, names),
+        }
+
+    def save(step: int) -> None:
+        folder = recipe.run.dir.checkpoints
+        details = {"recipe_sha256": recipe.sha256, "world_size": layout.world, **job.identity()}
+        checkpoint.save(folder, step, state(), details, layout.rank, layout.world)
+        if layout.rank == 0:
+            checkpoint.retain(folder, recipe.train.checkpoint.keep)
+
+    start = 0
+    if found := job.start():
+        checkpoint.restore(found.location, state(), layout.world)
+        start = found.step
+    if start >= total:
+        return start
+    module.train()
+    return train(strategy, batches_from(order, start, total), order, held_out, recipe.train, start, total, save, link)

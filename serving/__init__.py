@@ -1,0 +1,4 @@
+"""Hosting an exported model over HTTP: Ray Serve in front, vLLM behind, the OpenAI protocol between.
+
+Serving knows a run only by its manifest: of the training package it imports `paths` and `errors`, nothing else.
+"""

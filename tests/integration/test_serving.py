@@ -1,0 +1,319 @@
+"""One small Gemma 3, served once for the whole module, as a person would: a process that is asked over HTTP, then told
+to stop. Takes about a minute and 3.5 GiB on two free cores; most of it is five processes that import torch and vLLM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ray_ft.errors import ServeError
+from serving import run as serving_run
+
+ROOT = Path(__file__).parents[2]
+READY = 420  # seconds; 50 on two free cores, several times that where others compute too
+PROMPT = "seven plus two is"
+MESSAGES = [{"role": "user", "content": "count to four"}]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+SERVE = "import sys, json; from serving.run import serve_run; serve_run(sys.argv[1], **json.loads(sys.argv[2]))"
+
+
+def write_export(folder: Path, *, hidden_in_config: int = 64) -> None:
+    """A random Gemma 3 of 130,432 parameters with tokenizer, chat template and manifest."""
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+
+    folder.mkdir(parents=True)
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    # Printable ASCII only ("Ġ" is the space, "Ċ" the newline): a random model that emits half a character would make
+    # the comparison one of how each side shows what is no text.
+    alphabet = [*map(chr, range(33, 127)), "Ġ", "Ċ"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(["one two three four five six seven eight nine ten"] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        architectures=["Gemma3ForCausalLM"], dtype="float32", vocab_size=len(tokenizer), hidden_size=64,
+        intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+        max_position_embeddings=512, sliding_window=64, query_pre_attn_scalar=32, initializer_range=0.2,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        pad_token_id=0, eos_token_id=[1, 5], bos_token_id=2,
+    )  # fmt: skip
+    model = Gemma3ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".post_" in name:  # else the tied embedding drowns the layers, and the answer repeats the last token
+                parameter.fill_(8.0)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config.hidden_size = hidden_in_config
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in sorted(folder.iterdir())
+    }
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    manifest = {
+        "format": 1, "run": "tiny", "step": 1, "base": "none", "recipe_sha256": "0" * 64, "metrics": {},
+        "created": "2026-01-01T00:00:00Z",
+        "model": {
+            "architecture": "Gemma3ForCausalLM", "model_type": "gemma3_text", "dtype": "float32",
+            "parameters": parameters, "bytes": files["model.safetensors"]["bytes"], "max_position_embeddings": 512,
+            "trained_seq_len": 128, "stop_token_ids": [1, 5],
+        },
+        "serve": {
+            "model_name": None, "host": "127.0.0.1", "port": 8000, "replicas": 1, "max_model_len": 256,
+            "max_num_seqs": 64, "gpus_per_replica": 1,
+        },
+        "files": files,
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(run: Path, log: Path, **options: Any) -> subprocess.Popen[bytes]:
+    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    env["PYTHONPATH"] = str(ROOT)
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            [sys.executable, "-c", SERVE, str(run), json.dumps(options)],
+            stdout=out, stderr=subprocess.STDOUT, env=env, cwd=log.parent, start_new_session=True,
+        )  # fmt: skip
+
+
+def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(process.pid).children(recursive=True)
+    return []
+
+
+def living(processes: list[psutil.Process]) -> list[str]:
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # Who inherits the orphans here may not collect them; a zombie holds nothing.
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(f"{process.pid} {process.name()}")
+    return found
+
+
+def end(process: subprocess.Popen[bytes], processes: list[psutil.Process]) -> None:
+    """After a failed test: nothing of it may stay."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for child in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+@dataclass
+class Served:
+    process: subprocess.Popen[bytes]
+    processes: list[psutil.Process]
+    log: Path
+    url: str
+
+    @property
+    def client(self) -> Any:
+        from openai import OpenAI
+
+        return OpenAI(base_url=self.url, api_key="none", timeout=60, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    write_export(run / "export")
+    return run
+
+
+@pytest.fixture(scope="module")
+def served(export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    log = tmp_path_factory.mktemp("log") / "out.txt"
+    port = free_port()
+    process = start(export, log, port=port)
+    processes: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + READY
+        while "answers at" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        processes = descendants(process)
+        yield Served(process, processes, log, f"http://127.0.0.1:{port}/v1")
+    finally:
+        end(process, processes or descendants(process))
+
+
+@pytest.fixture(scope="module")
+def reference(export: Path) -> Any:
+    """Transformers' greedy answer: token ids of a prompt → text."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(export / "export")
+    model = AutoModelForCausalLM.from_pretrained(export / "export", dtype=torch.float32).eval()
+
+    def answer(ids: list[int], tokens: int) -> str:
+        prompt = torch.tensor([ids])
+        with torch.no_grad():
+            out = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                max_new_tokens=tokens,
+                eos_token_id=[1, 5],
+            )
+        return str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
+
+    answer.tokenizer = tokenizer  # type: ignore[attr-defined]
+    return answer
+
+
+def test_lists_the_model_under_the_runs_name(served: Served) -> None:
+    assert [model.id for model in served.client.models.list()] == ["tiny"]
+
+
+def test_completion_equals_transformers(served: Served, reference: Any) -> None:
+    answer = served.client.completions.create(model="tiny", prompt=PROMPT, max_tokens=24, temperature=0)
+    expected = reference(reference.tokenizer(PROMPT)["input_ids"], 24)
+    assert answer.choices[0].text == expected
+    assert len(set(expected)) > 3, "a reference that repeats one token would hide faults"
+
+
+def test_chat_equals_transformers(served: Served, reference: Any) -> None:
+    answer = served.client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=24, temperature=0)
+    text = reference.tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert answer.choices[0].message.content == reference(reference.tokenizer(text)["input_ids"], 24)
+    # The template already begins with <bos>; a second one would change every answer.
+    assert answer.usage.prompt_tokens == len(reference.tokenizer(text)["input_ids"])
+
+
+def test_streams_token_by_token(served: Served) -> None:
+    create = served.client.chat.completions.create
+    whole = create(model="tiny", messages=MESSAGES, max_tokens=24, temperature=0).choices[0].message.content
+    chunks = [
+        chunk.choices[0].delta.content or ""
+        for chunk in create(model="tiny", messages=MESSAGES, max_tokens=24, temperature=0, stream=True)
+        if chunk.choices
+    ]
+    assert "".join(chunks) == whole
+    assert sum(bool(chunk) for chunk in chunks) > 3
+
+
+def test_unknown_model_is_404(served: Served) -> None:
+    from openai import NotFoundError
+
+    with pytest.raises(NotFoundError):
+        served.client.completions.create(model="another", prompt=PROMPT)
+
+
+def test_too_long_a_prompt_is_400(served: Served) -> None:
+    from openai import BadRequestError
+
+    with pytest.raises(BadRequestError, match="256"):
+        served.client.completions.create(model="tiny", prompt="x" * 400, max_tokens=1)
+
+
+def test_the_command_shown_works(served: Served) -> None:
+    line = next(line for line in served.log.read_text().splitlines() if "curl" in line)
+    command = shlex.split(line.partition("try it: ")[2])
+    answer = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
+    assert answer["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_says_little(served: Served) -> None:
+    lines = served.log.read_text().splitlines()
+    assert len(lines) <= 7, lines
+
+
+def test_listens_on_loopback_only(served: Served) -> None:
+    listening = []
+    for process in [psutil.Process(served.process.pid), *served.processes]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for connection in process.net_connections(kind="tcp"):
+                if connection.status == psutil.CONN_LISTEN:
+                    listening.append((process.name(), connection.laddr.ip))  # noqa: PERF401
+    assert listening
+    assert [found for found in listening if found[1] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")] == []
+
+
+def test_sigterm_leaves_nothing_behind(served: Served) -> None:
+    """The last test of the served model: it ends it."""
+    assert any("EngineCore" in " ".join(process.cmdline()) for process in served.processes)
+    served.process.send_signal(signal.SIGTERM)
+    assert served.process.wait(60) == 0
+    assert served.log.read_text().splitlines()[-1] == "stopped"
+    assert living(served.processes) == []
+
+
+def test_port_in_use_is_refused_before_anything_starts(export: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ServeError, match=f"serve.port {port}.*in use") as caught:
+            serving_run.serve_run(str(export), port=port)
+    assert f"--port {port}" not in str(caught.value) and "--port" in str(caught.value)
+    assert [child.name() for child in psutil.Process().children() if "gcs" in child.name()] == []
+
+
+def test_missing_manifest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ServeError, match="ray-ft export"):
+        serving_run.serve_run(str(tmp_path))
+
+
+def test_a_model_that_does_not_load_names_the_cause(tmp_path: Path) -> None:
+    """The weights do not fit config.json, which only vLLM's worker process finds out."""
+    write_export(tmp_path / "run" / "export", hidden_in_config=96)
+    log = tmp_path / "out.txt"
+    process = start(tmp_path / "run", log, port=free_port())
+    try:
+        assert process.wait(READY) != 0
+        text = log.read_text()
+        assert "ServeError: the model did not start: RuntimeError: The size of tensor" in text
+        assert "the whole log is in" in text
+        assert "Engine core initialization failed" not in text
+    finally:
+        end(process, descendants(process))

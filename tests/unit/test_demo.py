@@ -1,0 +1,182 @@
+"""The demo: the same seed gives the same bytes, nothing held out is trained on, and base and tokenizer are sound."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import num2words
+import pyarrow.parquet as pq
+import pytest
+
+from ray_ft.demo import HELDOUT, LANGUAGES, MARKER, PROMPT, SPECIAL_TOKENS, DemoPaths, write_demo
+from ray_ft.errors import DataError
+from ray_ft.recipe import TranslationSource
+
+SMALL: dict[str, Any] = {"rows": 601, "hidden_size": 32, "layers": 2}
+
+
+def train_rows(demo: DemoPaths) -> list[dict[str, str]]:
+    plain, zipped, table = demo.train
+    text = Path(plain).read_bytes() + gzip.decompress(Path(zipped).read_bytes())
+    return [json.loads(line) for line in text.decode().splitlines()] + pq.read_table(table).to_pylist()
+
+
+def contents(demo: DemoPaths) -> dict[str, bytes]:
+    return {str(p.relative_to(demo.folder)): p.read_bytes() for p in Path(demo.folder).rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoPaths:
+    return write_demo(str(tmp_path_factory.mktemp("demo")), **SMALL)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo: DemoPaths) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(demo.base)
+
+
+def test_rows_are_true_and_heldout_numbers_never_trained(demo: DemoPaths) -> None:
+    train, heldout = train_rows(demo), pq.read_table(demo.heldout).to_pylist()
+    assert len(train) == SMALL["rows"]
+    assert len(heldout) == HELDOUT * len(LANGUAGES)
+    rows = train + heldout
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert {row["source_text"] for row in train}.isdisjoint(row["source_text"] for row in heldout)
+    for row in rows:
+        number, code = row["id"].split("-")
+        assert (row["source_lang_code"], row["target_lang_code"]) == ("en", code)
+        assert row["source_text"] == num2words.num2words(int(number), lang="en")
+        assert row["target_text"] == num2words.num2words(int(number), lang=code)
+    for code in LANGUAGES:
+        assert sum(row["target_lang_code"] == code for row in heldout) == HELDOUT
+    assert any(int(row["id"].split("-")[0]) < 1000 for row in heldout)
+
+
+def test_same_seed_same_bytes_other_seed_other_numbers(demo: DemoPaths, tmp_path: Path) -> None:
+    import torch
+
+    torch.manual_seed(7)
+    before = torch.get_rng_state(), random.getstate()
+    again = write_demo(str(tmp_path / "again"), **SMALL)
+    assert torch.equal(torch.get_rng_state(), before[0])  # the caller's generators are left alone
+    assert random.getstate() == before[1]
+    assert contents(again) == contents(demo)
+    other = write_demo(str(tmp_path / "other"), seed=1, **SMALL)
+    assert {row["id"] for row in train_rows(other)} != {row["id"] for row in train_rows(demo)}
+    assert contents(other)["base/model.safetensors"] != contents(demo)["base/model.safetensors"]
+
+
+def test_second_call_reuses_and_other_settings_replace(tmp_path: Path) -> None:
+    settings = {**SMALL, "rows": 31}
+    folder = str(tmp_path / "demo")
+    first = write_demo(folder, **settings)
+    assert not first.reused
+    before = {name: os.stat(name).st_mtime_ns for name in (*first.train, first.heldout)}
+    assert write_demo(folder, **settings) == replace(first, reused=True)
+    assert {name: os.stat(name).st_mtime_ns for name in before} == before
+
+    os.unlink(first.train[2])  # an incomplete folder is not reused
+    assert not write_demo(folder, **settings).reused
+    assert os.path.exists(first.train[2])
+
+    changed = write_demo(folder, **{**settings, "rows": 40})
+    assert not changed.reused
+    assert len(train_rows(changed)) == 40
+
+    with pytest.raises(DataError, match="rows = 1,000,000"):
+        write_demo(folder, **{**settings, "rows": 1_000_000})
+    assert write_demo(folder, **{**settings, "rows": 40}).reused  # a refused call changes nothing
+
+
+def test_interrupted_call_is_not_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray_ft import demo as module
+
+    settings = {**SMALL, "rows": 31}
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write_base", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            write_demo(str(tmp_path), **settings)
+    made = write_demo(str(tmp_path), **settings)
+    assert not made.reused
+    assert os.path.exists(os.path.join(made.base, "model.safetensors"))
+
+
+def test_folder_that_is_no_demo_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(DataError, match=MARKER):
+        write_demo(str(tmp_path), **SMALL)
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+    with pytest.raises(DataError, match="s3://bucket/demo"):
+        write_demo("s3://bucket/demo", **SMALL)
+
+
+def test_tokenizer_round_trips(demo: DemoPaths, tokenizer: Any) -> None:
+    rows = train_rows(demo) + pq.read_table(demo.heldout).to_pylist()
+    texts = [row[field] for row in rows for field in ("source_text", "target_text")]
+    texts += ["user\n", "  two  spaces ,", "안녕 🙂 <b>", "½\t\n\n"]
+    encoded = tokenizer(texts, add_special_tokens=False).input_ids
+    assert [tokenizer.decode(ids) for ids in encoded] == texts
+    assert tokenizer.unk_token_id not in {token for ids in encoded for token in ids}
+    assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(range(6))
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, 2)
+    assert tokenizer("one").input_ids[0] == tokenizer.bos_token_id
+    words = tokenizer(" seventy-two thousand", add_special_tokens=False).input_ids  # as they stand in the prompt
+    assert len(words) == 4
+
+
+def test_chat_template_is_gemmas(tokenizer: Any) -> None:
+    source = TranslationSource(path="-", format="translation", prompt=PROMPT)  # the recipe takes this prompt
+    prompt = source.prompt.format(target_lang="French", tgt_lang_code="fr", text="two")
+    user, answer = {"role": "user", "content": prompt}, {"role": "assistant", "content": " deux "}
+    turns = f"<start_of_turn>user\n{prompt}<end_of_turn>\n<start_of_turn>model\n"
+
+    def render(*messages: dict[str, Any], **options: Any) -> str:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+
+    assert render(user, add_generation_prompt=True) == f"<bos>{turns}"
+    assert render(user, answer) == f"<bos>{turns}deux<end_of_turn>\n"
+    system = {"role": "system", "content": "Be brief."}
+    folded = f"<bos>{turns}deux<end_of_turn>\n{turns}".replace("user\n", "user\nBe brief.\n\n", 1)
+    assert render(system, user, answer, user, add_generation_prompt=True) == folded
+    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in (system, user, answer, user)]
+    assert render(*parts, add_generation_prompt=True) == folded
+
+    ids = tokenizer(folded, add_special_tokens=False).input_ids
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(ids) == folded
+    for wrong in ([user, user], [answer], [system, answer]):
+        with pytest.raises(jinja2.TemplateError, match="must alternate"):
+            render(*wrong)
+
+
+def test_base_loads_whole(demo: DemoPaths, tokenizer: Any) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, Gemma3ForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(demo.base, output_loading_info=True)
+    assert not any(report.values()), report
+    assert type(model) is Gemma3ForCausalLM
+    assert model.dtype == torch.float32
+    config = model.config
+    assert config.model_type == "gemma3_text"
+    assert config.layer_types == ["sliding_attention", "full_attention"]
+    assert {kind: rope["rope_theta"] for kind, rope in config.rope_parameters.items()} == {
+        "sliding_attention": 1e4,
+        "full_attention": 1e6,
+    }
+    assert config.query_pre_attn_scalar != config.head_dim
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert len(tokenizer) <= config.vocab_size < len(tokenizer) + 64 <= 1024
+    end_of_turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, end_of_turn] == [1, 5]
+    with torch.no_grad():
+        assert model(torch.tensor([[2, 4, 9]])).logits.isfinite().all()
