@@ -65,6 +65,8 @@ def data(
     else:
         with session.connected():
             job = prepare_job(settings, view, stream.spread)
+    if job.train.reused:
+        view.line(f"the data is prepared already: {job.train.location}")
     splits = {"train": job.train, **({"eval": job.held_out} if job.held_out else {})}
     inspect.show(settings, splits, view.console, examples)
     view.line(f"next: ray-ft train {path}")
@@ -99,8 +101,12 @@ def evaluate(run: RunPath) -> None:
         f"BLEU {report['bleu']:.1f}"
     )
     for example in report["worst"][:2]:
-        view.line(f"  worst: {example['answer']!r} for {example['reference']!r} ({example['origin']})")
+        view.line(f"  worst: {_short(example['answer'])!r} for {_short(example['reference'])!r} ({example['origin']})")
     view.line(f"next: ray-ft export {run}")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 70 else text[:69] + "…"
 
 
 @app.command()

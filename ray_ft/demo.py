@@ -181,6 +181,7 @@ def _write_rows(file: str, rows: Sequence[Row]) -> None:
 
 def _write_base(folder: str, train: Sequence[Row], seed: int, hidden_size: int, layers: int) -> None:
     import torch
+    from safetensors.torch import save_file
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
 
     tokenizer = _tokenizer(train)
@@ -213,8 +214,13 @@ def _write_base(folder: str, train: Sequence[Row], seed: int, hidden_size: int, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Gemma3ForCausalLM(config)
-    model.generation_config = GenerationConfig(**special)
-    model.save_pretrained(folder)
+    # Not save_pretrained: it draws a bar, and imports DeepSpeed wherever that is installed.
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    os.makedirs(folder, exist_ok=True)
+    save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    GenerationConfig(**special).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -1,7 +1,7 @@
-"""How good a run is on held-out rows: loss over all of them, answers to some of them, scored.
+"""How good a run is on held-out rows: loss over all of them, answers to some, scored.
 
-The model answers on Ray Data actors, one per GPU (one in all on CPU). Metrics come from sacrebleu, whose signature makes
-them comparable.
+The model answers on Ray Data actors, one per GPU (one in all on CPU). Metrics come from sacrebleu, whose signatures
+make them comparable.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _questions(recipe: Recipe) -> Iterable[Question]:
 
 
 def score(answers: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
-    """Exact match (share), chrF and BLEU (0–100) of answers against one reference each, stripped of outer white space."""
+    """Exact match (share), chrF and BLEU (0–100) of answers against one reference each, without outer white space."""
     import sacrebleu
 
     chrf, bleu = sacrebleu.CHRF(), sacrebleu.BLEU(effective_order=True)
@@ -126,6 +126,7 @@ def _judged(run: str, held_out: Order, work: list[tuple[str, Any]], gpus: int) -
         concurrency=max(gpus, 1),
         num_gpus=1 if gpus else 0,
         num_cpus=1,
+        max_restarts=0,  # a failed evaluation is repeated by hand; Ray logs an error for every actor that may restart
     )
     dataset.context.execution_options.preserve_order = True
     for row in dataset.iter_rows():
@@ -180,7 +181,7 @@ def _report(trained: Trained, questions: list[Question], answers: list[str], los
     import sacrebleu
 
     scores = score(answers, [q.reference for q in questions])
-    each = [
+    each: list[dict[str, Any]] = [
         {
             "origin": question.origin,
             "prompt": _asked(question.sample),
@@ -197,10 +198,14 @@ def _report(trained: Trained, questions: list[Question], answers: list[str], los
         "perplexity": math.exp(min(loss, 700.0)),  # e^709 is the largest float
         "packed_rows": rows,
         **scores,
-        "worst": sorted((e for e in each if e["answer"] != e["reference"].strip()), key=lambda e: e["chrf"])[:WORST],
+        "worst": sorted((e for e in each if e["answer"] != e["reference"].strip()), key=_by_chrf)[:WORST],
     }
     paths.write_json(trained.run.evaluation, report)
     return report
+
+
+def _by_chrf(example: dict[str, Any]) -> float:
+    return example["chrf"]
 
 
 def _asked(sample: Sample) -> str:

@@ -67,7 +67,7 @@ def export(run: str, view: View, to: str | None = None) -> Manifest:
 
 
 def _publish(folder: str, target: str) -> None:
-    os.chmod(folder, 0o755)  # mkdtemp makes it private, which a serving user could not read
+    os.chmod(folder, 0o755)  # noqa: S103 - mkdtemp makes it private, which a serving user could not read
     if not paths.is_uri(target):
         paths.move(folder, target)
         return
@@ -140,7 +140,8 @@ def _describe(trained: Trained, folder: str) -> dict[str, Any]:
     if paths.exists(trained.run.evaluation):
         report = paths.read_json(trained.run.evaluation)
         if report["step"] == trained.found.step:
-            metrics |= {key: report[key] for key in ("loss", "perplexity", "exact_match", "chrf", "bleu")}
+            metrics |= {key: report[key] for key in ("perplexity", "exact_match", "chrf", "bleu")}
+            metrics["eval_loss"] = report["loss"]
     return {
         "format": MANIFEST_FORMAT,
         "ray_ft": __version__,
@@ -203,7 +204,7 @@ def _prove(trained: Trained, folder: str, view: View) -> dict[str, Any]:
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2 * float(expected.abs().max())
     if not difference <= tolerance:  # also refuses NaN
         raise ExportError(
-            f"the exported model's logits differ from the trained model's by {difference:.3g} (tolerance {tolerance:.3g})",
+            f"the exported model's logits differ from the trained ones by {difference:.3g}, over {tolerance:.3g}",
             ["report this with the recipe: what was written is not what was trained"],
         )
     view.line(f"checked: {len(expected_names)} tensors, logits differ by at most {difference:.1e} (≤ {tolerance:.1e})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -39,7 +40,7 @@ def show(recipe: Recipe, splits: dict[str, Prepared], console: Console, examples
     settings = recipe.train
     console.print(
         f"one step: {settings.global_batch} rows × {recipe.data.seq_len} tokens = {settings.micro_batch} rows × "
-        f"{settings.world_size} workers × {settings.accumulation} accumulation; {total_steps(recipe, order)} steps in all",
+        f"{settings.world_size} workers × {settings.accumulation} accumulation; {total_steps(recipe, order)} steps",
         markup=False,
     )
     if examples:
@@ -87,7 +88,7 @@ def _examples(order: Order, tokenizer: object, count: int, coloured: bool) -> It
 def _decoded(ids: np.ndarray, trained: np.ndarray, tokenizer: object, coloured: bool) -> Text:
     text = Text("  ")
     edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         piece = tokenizer.decode(ids[start:stop].tolist()).replace("\n", "⏎")  # type: ignore[attr-defined]
         if trained[start] and not coloured:
             piece = f"⟦{piece}⟧"  # without colours the trained part is in brackets

@@ -286,7 +286,14 @@ class Manifest:
         location = absolute(run_or_folder)
         for folder in (location, join(location, "export")):
             if exists(join(folder, MANIFEST)):
-                content = read_json(join(folder, MANIFEST))
+                content = None
+                with contextlib.suppress(ValueError):
+                    content = read_json(join(folder, MANIFEST))
+                if not isinstance(content, dict):
+                    raise ServeError(
+                        f"{join(folder, MANIFEST)} is damaged: it holds no JSON object",
+                        ["export the run again: ray-ft export RUN"],
+                    )
                 if content.get("format") != MANIFEST_FORMAT:
                     raise ServeError(
                         f"{join(folder, MANIFEST)} has format {content.get('format')!r}, this version reads "
@@ -336,7 +343,13 @@ def model_folder(location: str, *, weights: bool = True) -> str:
         ModelError: there is no such folder, and the hub has no such model or cannot be reached.
     """
     if is_uri(location):
-        return local_copy(location)
+        try:
+            return local_copy(location)
+        except (OSError, pa.ArrowException) as error:
+            raise ModelError(
+                f"model.path {location!r} cannot be copied here: {error}",
+                ["check the URI, the credentials in the environment of every node, and the free space"],
+            ) from error
     local = absolute(location)
     if os.path.isdir(local):
         return local
@@ -351,6 +364,6 @@ def model_folder(location: str, *, weights: bool = True) -> str:
         return huggingface_hub.snapshot_download(location, allow_patterns=patterns)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"model.path {location!r} is no local folder and cannot be fetched from the hub: {str(error).splitlines()[0]}",
+            f"model.path {location!r} is no local folder, and the hub does not give it: {str(error).splitlines()[0]}",
             [*ways_out, "for a gated model accept its terms on the hub and set HF_TOKEN on every node"],
         ) from error

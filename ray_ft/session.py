@@ -157,9 +157,10 @@ def _check(workers: int, cpus_per_worker: float, gpus_per_worker: int) -> None:
 
     have = ray.cluster_resources()
     for name, each, setting in (("GPU", gpus_per_worker, ""), ("CPU", cpus_per_worker, " × train.cpus_per_worker")):
-        if workers * each > have.get(name, 0):
+        there = have.get(name, 0)
+        if workers * each > there:
             raise ResourceError(
-                f"train.workers = {workers}{setting} need {workers * each:g} {name}s; the cluster has {have.get(name, 0):g}",
+                f"train.workers = {workers}{setting} need {workers * each:g} {name}s; the cluster has {there:g}",
                 ["fewer train.workers", "add nodes to the cluster"] + (["train.device=cpu"] if name == "GPU" else []),
             )
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+FILE_WIDTH = 120  # columns where there is no terminal to ask
 PLAIN_LINES = 10  # lines of metrics that one training run prints where there is no terminal
 
 _COLUMNS = (
@@ -32,6 +33,8 @@ class View:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = FILE_WIDTH
 
     def line(self, text: str) -> None:
         self.console.print(escape(text))
@@ -74,7 +77,7 @@ class TrainingPanel:
             yield
 
     def update(self, row: Mapping[str, float]) -> None:
-        """Show a row of metrics. Without a terminal, about `PLAIN_LINES` rows of a run are printed, and every evaluation."""
+        """Show a row of metrics. Without a terminal, a run prints about `PLAIN_LINES` of them, and every evaluation."""
         step = int(row["step"])
         self._latest.update(row)
         self._bar.update(self._task, completed=step)

@@ -1,8 +1,8 @@
 """Samples to fixed rows: best-fit decreasing, deterministic, documents kept apart.
 
-Samples are placed longest first, each into the fullest row that still takes it (best-fit decreasing; Johnson 1974 proves
-at most 11/9 of the optimal number of rows, in practice it is within 1%). Rows have exactly `seq_len` tokens. Nothing is
-split. One byte of flags per token holds what attention and loss need to know.
+Samples are placed longest first, each into the fullest row that still takes it (best-fit decreasing). Johnson (1974)
+proves at most 11/9 of the optimal number of rows; in practice it is within 1%. Rows have exactly `seq_len` tokens.
+Nothing is split. One byte of flags per token holds what attention and loss need to know.
 """
 
 from __future__ import annotations

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +33,9 @@ from ray_ft.data.rows import columns_used, to_sample
 from ray_ft.data.sources import Chunk, Reject
 from ray_ft.errors import DataError, ModelError
 from ray_ft.recipe import AnySource, Recipe, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FORMAT = 1  # part of the key: raise it when the same input would give other rows
 SEGMENT_TOKENS = 2 << 20  # tokens packed together; one Parquet row group, 10 MB in memory
@@ -184,7 +189,7 @@ def prepare(
     prepared = _load(location, reused=True)
     if prepared is None:
         # Other nodes resolve the model themselves: a hub id or a URI is not where this node has put it.
-        model = recipe.model.path if paths.is_uri(recipe.model.path) else model_folder
+        model = model_folder if os.path.isdir(recipe.model.path) else recipe.model.path
         work = _Work(location, model, tuple(wanted), recipe.data.seq_len, recipe.data.packing, recipe.data.long_rows)
         chunks = [chunk for number, file in files for chunk in sources.chunks_of(file, number)]
         _run(work, chunks, spread, on_progress)
@@ -236,6 +241,12 @@ def _check_after(prepared: Prepared, recipe: Recipe, split: Split) -> None:
 # ------------------------------------------------------------------------------------------------------- the work
 
 
+@lru_cache(maxsize=4)
+def _tokenizer_of(model: str) -> PreTrainedTokenizerBase:
+    """Resolved once per process, not per chunk: a hub id asks the hub, a URI lists the storage."""
+    return load_tokenizer(paths.model_folder(model, weights=False))
+
+
 @dataclass(frozen=True)
 class _Work:
     """What one chunk's work needs to know; travels to the task that does it."""
@@ -253,7 +264,7 @@ class _Work:
         counts = Counts()
         shard = f"{number:06d}.parquet"
         last_line = 0
-        tokenizer = load_tokenizer(paths.model_folder(self.model_folder, weights=False))
+        tokenizer = _tokenizer_of(self.model_folder)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         rejects: list[dict[str, Any]] = []
         with _ShardWriter(paths.join(self.location, "shards", shard), self.seq_len) as writer:
@@ -297,7 +308,6 @@ class _Work:
             "groups": writer.groups,
             "counts": counts,
             "lines": 0 if chunk.file.kind == "parquet" else last_line,
-            "file": chunk.file.uri,
             "rejects": rejects,
         }
 
@@ -381,16 +391,18 @@ def _matrix(column: pa.ChunkedArray, seq_len: int) -> np.ndarray:
 
 def _run(work: _Work, chunks: list[Chunk], spread: Spread, on_progress: Callable[[int, int], None] | None) -> None:
     total, units, origins = Counts(), [], {}
-    lines_before: Counter[str] = Counter()  # lines of a file that lie in its earlier chunks
+    before = 0  # lines of the file that lie in its earlier chunks
     with paths.Appender(paths.join(work.location, "rejects.jsonl")) as rejects:
-        for done, result in enumerate(spread(work, list(enumerate(chunks))), start=1):
+        results = spread(work, list(enumerate(chunks))) if chunks else ()
+        for done, (chunk, result) in enumerate(zip(chunks, results, strict=True), start=1):
+            before = before if chunk.start else 0  # two sources may read one file
             total.add(result["counts"])
             units += [asdict(Unit(result["shard"], group, rows)) for group, rows in enumerate(result["groups"])]
-            origins[result["shard"]] = (result["file"], lines_before[result["file"]])
+            origins[result["shard"]] = (chunk.file.uri, before)
             for reject in result["rejects"]:
-                reject["line"] += lines_before[result["file"]]
+                reject["line"] += before
                 rejects.write(json.dumps(reject, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-            lines_before[result["file"]] += result["lines"]
+            before += result["lines"]
             if on_progress:
                 on_progress(done, len(chunks))
     paths.write_json(

@@ -8,6 +8,8 @@ so it is tokenized without adding any.
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +23,9 @@ from ray_ft.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "tekken.json", "vocab.*")  # one of them is in any tokenizer
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class Renderer:
             rendered = self.tokenizer.apply_chat_template(
                 list(turns), tokenize=False, add_generation_prompt=answer_next
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError) as error:  # a template is a program: any of them
             raise _TemplateRefusal(str(error)) from error
         assert isinstance(rendered, str)
         return rendered
@@ -138,6 +143,9 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
+        # Where there is none, transformers 5 makes one of five tokens, from the model type in config.json.
+        if not any(glob.glob(os.path.join(glob.escape(folder), name)) for name in VOCABULARIES):
+            raise OSError(f"it holds none of {', '.join(VOCABULARIES)}")
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(

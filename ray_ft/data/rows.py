@@ -126,7 +126,11 @@ def _messages(source: MessagesSource, row: dict[str, Any]) -> Sample:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             role = message.get("role") if isinstance(message, dict) else message
             raise _Unusable("unknown role in a message", f"{role!r} in message {number}; known: {', '.join(ROLES)}")
+        if message.get("tool_calls"):
+            raise _Unusable("message calls tools", f"message {number}; the calls would be lost")
         turns.append({"role": message["role"], "content": _content(message)})
+    if turns[0]["role"] == "assistant":
+        raise _Unusable("the first message is the assistant's", "nothing stands before it that it could answer")
     if turns[-1]["role"] != "assistant":
         raise _Unusable("the last message is not the assistant's", f"it is the {turns[-1]['role']}'s")
     return Conversation(tuple(turns))

@@ -113,7 +113,7 @@ def _match(location: str) -> list[File]:
             info = fs.get_file_info(path)
             if info.type == pafs.FileType.Directory:
                 infos = list(fs.get_file_info(pafs.FileSelector(path, recursive=True)))
-                infos = [i for i in infos if _kind(i.path)[0] and not i.base_name.startswith((".", "_"))]
+                infos = [i for i in infos if _kind(i.path)[0] and not _hidden(i.path[len(path) :])]
             else:
                 infos = [info] if info.type == pafs.FileType.File else []
     except (OSError, pa.ArrowException) as error:
@@ -137,17 +137,25 @@ def _match(location: str) -> list[File]:
 
 
 def _glob_match(path: str, pattern: str) -> bool:
-    """Like a shell: * stays within one folder, ** crosses folders."""
-    parts, wanted = path.split("/"), pattern.split("/")
-    if "**" not in wanted:
-        return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
-    at = wanted.index("**")
-    head, tail = wanted[:at], wanted[at + 1 :]
-    return (
-        len(parts) >= len(head) + len(tail)
-        and all(map(fnmatch.fnmatchcase, parts, head))
-        and all(map(fnmatch.fnmatchcase, parts[len(parts) - len(tail) :], tail))
-    )
+    """Like a shell: * stays within one folder, ** crosses folders, neither meets a leading dot."""
+
+    def match(parts: list[str], wanted: list[str]) -> bool:
+        if not wanted:
+            return not parts
+        if wanted[0] == "**" and match(parts, wanted[1:]):
+            return True
+        if not parts or (parts[0].startswith(".") and not wanted[0].startswith(".")):
+            return False
+        if wanted[0] == "**":
+            return match(parts[1:], wanted)
+        return fnmatch.fnmatchcase(parts[0], wanted[0]) and match(parts[1:], wanted[1:])
+
+    return match(path.split("/"), pattern.split("/"))
+
+
+def _hidden(inner: str) -> bool:
+    """Below a folder: what tools keep for themselves (.ipynb_checkpoints/, _delta_log/, ._x.jsonl)."""
+    return any(part.startswith((".", "_")) for part in inner.split("/"))
 
 
 def _kind(path: str) -> tuple[Literal["jsonl", "parquet"] | None, str | None]:
@@ -159,15 +167,17 @@ def _kind(path: str) -> tuple[Literal["jsonl", "parquet"] | None, str | None]:
     return ("jsonl", None) if suffix in JSONL_SUFFIXES else (None, None)
 
 
-def chunks_of(file: File, source: int, chunk_bytes: int = CHUNK_BYTES) -> list[Chunk]:
-    """Cut one file into chunks of about `chunk_bytes` bytes on disk; a compressed file stays whole.
+def chunks_of(file: File, source: int, chunk_bytes: int | None = None) -> list[Chunk]:
+    """Cut one file into chunks of about `chunk_bytes` (CHUNK_BYTES) bytes on disk; a compressed file stays whole.
 
     Raises:
         DataError: a Parquet file that does not open.
     """
+    chunk_bytes = chunk_bytes or CHUNK_BYTES
+    if file.compression:
+        return [Chunk(source, file, 0, file.size)]
     if file.kind == "jsonl":
-        step = chunk_bytes if file.compression is None else max(file.size, 1)
-        return [Chunk(source, file, at, min(at + step, file.size)) for at in range(0, file.size, step)]
+        return [Chunk(source, file, at, min(at + chunk_bytes, file.size)) for at in range(0, file.size, chunk_bytes)]
     metadata = _open_parquet(file).metadata
     chunks, start, size = [], 0, 0
     for group in range(metadata.num_row_groups):
@@ -236,6 +246,9 @@ def _lines(chunk: Chunk) -> Iterator[bytes | Reject]:
     fs, path = paths.filesystem(chunk.file.uri)
     with fs.open_input_file(path) as raw:
         if chunk.file.compression:
+            if not chunk.file.size:  # nothing, compressed, is some bytes
+                yield Reject(f"corrupt {chunk.file.compression}", "the file is empty")
+                return
             try:
                 for number, (_, line) in enumerate(_split(_decompress(raw, chunk.file.compression))):
                     yield _without_bom(line) if number == 0 else line
@@ -275,15 +288,14 @@ def _without_bom(line: bytes | Reject) -> bytes | Reject:
 def _corrupt_stream() -> tuple[type[Exception], ...]:
     import zstandard
 
-    return OSError, EOFError, zlib.error, zstandard.ZstdError
+    # Not OSError as a whole: a storage that fails to answer is no fault of the data.
+    return gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError
 
 
 def _decompress(raw: Any, compression: str) -> IO[bytes]:
     if compression == "gzip":
         return gzip.GzipFile(fileobj=io.BufferedReader(_Raw(raw), buffer_size=1 << 20))  # type: ignore[return-value]
-    import zstandard
-
-    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(_Raw(raw), read_across_frames=True))  # type: ignore[return-value,arg-type]
+    return io.BufferedReader(_Zstd(raw), buffer_size=1 << 20)  # type: ignore[return-value]
 
 
 class _Raw(io.RawIOBase):
@@ -301,15 +313,51 @@ class _Raw(io.RawIOBase):
         return len(block)
 
 
+class _Zstd(io.RawIOBase):
+    """The frames of a zstd file, decompressed; a file cut short is an EOFError, where `stream_reader` just ends."""
+
+    BLOCK = 16 << 10  # bytes decompressed at once: what they grow to is held in memory
+
+    def __init__(self, file: pa.NativeFile) -> None:
+        self._file = file
+        self._frame: Any = None
+        self._compressed = self._plain = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        import zstandard
+
+        while not self._plain:
+            self._compressed = self._compressed or self._file.read(self.BLOCK)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("the file ends within a frame")
+                return 0
+            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._plain = self._frame.decompress(self._compressed)
+            self._compressed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        block, self._plain = self._plain[: len(buffer)], self._plain[len(buffer) :]
+        buffer[: len(block)] = block
+        return len(block)
+
+
 def _open_parquet(file: File) -> pq.ParquetFile:
     fs, path = paths.filesystem(file.uri)
     try:
         return pq.ParquetFile(fs.open_input_file(path))
     except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{file.uri} ({file.size} bytes) is not a readable Parquet file: {error}",
-            ["write it again, or take it out of data.train / data.eval"],
-        ) from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: File, error: Exception) -> DataError:
+    return DataError(
+        f"{file.uri} ({file.size} bytes) is not a readable Parquet file: {error}",
+        ["write it again, or take it out of data.train / data.eval"],
+    )
 
 
 def parquet_columns(file: File) -> list[str]:
@@ -319,7 +367,14 @@ def parquet_columns(file: File) -> list[str]:
 def _parquet_rows(chunk: Chunk) -> Iterator[Row]:
     parquet = _open_parquet(chunk.file)
     line = sum(parquet.metadata.row_group(g).num_rows for g in range(chunk.start))
-    for batch in parquet.iter_batches(batch_size=1024, row_groups=list(range(chunk.start, chunk.stop))):
+    batches = parquet.iter_batches(batch_size=1024, row_groups=list(range(chunk.start, chunk.stop)))
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(chunk.file, error) from error
+        if batch is None:
+            return
         for content in batch.to_pylist():
             line += 1
             yield Row(line, content)

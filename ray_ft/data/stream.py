@@ -9,6 +9,7 @@ silently different run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,14 +45,14 @@ def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any
     import ray.data
 
     def run(row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": pickle.dumps(function(pickle.loads(row["item"])))}
+        return {"result": pickle.dumps(function(pickle.loads(row["item"])))}  # noqa: S301 - written below
 
     # Opaque bytes both ways: Arrow would otherwise guess a schema for nested results, task by task.
     rows = [{"item": pickle.dumps(item)} for item in items]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(run, num_cpus=1)
     dataset.context.execution_options.preserve_order = True
     for row in dataset.iter_rows():
-        yield pickle.loads(row["result"])
+        yield pickle.loads(row["result"])  # noqa: S301 - written by `run`, in this cluster
 
 
 def training_dataset(order: Order, start: int, stop: int, rows_per_block: int) -> ray.data.Dataset:
@@ -67,7 +68,7 @@ def training_dataset(order: Order, start: int, stop: int, rows_per_block: int) -
 
     def read(batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         for item in batch["slice"]:
-            part: Slice = pickle.loads(item)
+            part: Slice = pickle.loads(item)  # noqa: S301 - written below
             rows = part.read(prepared)
             yield {
                 "position": np.arange(part.position, part.position + len(rows), dtype=np.int64),
@@ -97,7 +98,7 @@ def batches(
         position = columns["position"]
         if position[0] != expected or not np.array_equal(position, np.arange(expected, expected + rows)):
             raise TrainingError(
-                f"worker {rank} received rows {position.tolist()[:4]}… where the order has {expected}…{expected + rows - 1}",
+                f"worker {rank} received rows {position.tolist()[:4]}… where the order has {expected} and on",
                 [
                     "train again: it resumes at the newest checkpoint",
                     "report this with the recipe; it should not happen",
@@ -105,6 +106,22 @@ def batches(
             )
         yield Batch(expected, Rows(columns["input_ids"], columns["flags"]))
         expected += rows * world
+
+
+def ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same batches; the first is fetched in a thread from now on, not only when it is asked for."""
+    stream = iter(batches)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="first-batch")
+    first = pool.submit(next, stream, None)
+    pool.shutdown(wait=False)
+
+    def rest() -> Iterator[Batch]:
+        batch = first.result()
+        while batch is not None:
+            yield batch
+            batch = next(stream, None)
+
+    return rest()
 
 
 def local_batches(order: Order, start: int, stop: int, rank: int, world: int, rows: int) -> Iterator[Batch]:

@@ -7,8 +7,10 @@ is filled from the slice of the safetensors file that it needs. A missing or une
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,21 +56,38 @@ def weight_files(folder: str) -> dict[str, str]:
     """Tensor name → file in the folder.
 
     Raises:
-        ModelError: there are no safetensors.
+        ModelError: there are no safetensors, or their index is damaged.
     """
-    from safetensors import safe_open
-
     index, single = os.path.join(folder, INDEX), os.path.join(folder, SINGLE)
     if os.path.exists(index):
-        with open(index, encoding="utf-8") as stream:
-            return json.load(stream)["weight_map"]
+        try:
+            with open(index, encoding="utf-8") as stream:
+                return dict(json.load(stream)["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise _damaged(index, error) from error
     if os.path.exists(single):
-        with safe_open(single, framework="pt") as tensors:
+        with _opened(single) as tensors:
             return dict.fromkeys(tensors.keys(), SINGLE)
     raise ModelError(
         f"model.path {folder!r} holds no weights: neither {SINGLE} nor {INDEX}",
         ["save the model with save_pretrained(); pickled pytorch_model.bin files are not loaded"],
     )
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """A safetensors file; what is wrong inside it becomes an error that names it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str, error: Exception) -> ModelError:
+    return ModelError(f"{path} is damaged: {error}", ["fetch the folder again: a file may be incomplete"])
 
 
 def stored_names(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -108,10 +127,8 @@ def fill(model: PreTrainedModel, folder: str) -> None:
     Buffers that no checkpoint holds (rotary frequencies, Gemma's embedding scale) are computed.
 
     Raises:
-        ModelError: a key is missing, unexpected, or of another shape.
+        ModelError: a key is missing, unexpected, or of another shape, or a file is damaged.
     """
-    from safetensors import safe_open
-
     model.tie_weights()
     files = weight_files(folder)
     wanted = stored_names(model)
@@ -123,7 +140,7 @@ def fill(model: PreTrainedModel, folder: str) -> None:
         path = os.path.join(folder, file)
         if not os.path.exists(path):
             raise ModelError(f"{path} is listed in {INDEX} but is not there", ["fetch the folder again"])
-        with safe_open(path, framework="pt", device="cpu") as tensors:
+        with _opened(path) as tensors:
             for name in names:
                 _fill_one(wanted[name], tensors.get_slice(name), name, path)
     _compute_buffers(model)

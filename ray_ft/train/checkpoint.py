@@ -10,6 +10,7 @@ another name, never deleted.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
@@ -56,17 +57,23 @@ def newest(folder: str, on_broken: Any = None) -> Found | None:
 
     Args:
         on_broken: called with (location, why) for each newer one that is not; without it they are only passed over,
-            with it they are also renamed to `<name>.broken`.
+            with it they are also renamed to `<name>.broken`, or `<name>.broken-2` and so on where there was one before.
     """
     for step in reversed(steps(folder)):
         location = paths.join(folder, name(step))
         try:
             return Found(location, step, _verify(location))
-        except (CheckpointError, OSError, ValueError, KeyError) as error:
+        except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if on_broken is not None:
-                paths.move(location, f"{location}.broken")
-                on_broken(f"{location}.broken", str(error))
+                aside = _free(f"{location}.broken")
+                paths.move(location, aside)
+                on_broken(aside, str(error))
     return None
+
+
+def _free(location: str) -> str:
+    names = itertools.chain([location], (f"{location}-{number}" for number in itertools.count(2)))
+    return next(candidate for candidate in names if not paths.exists(candidate))
 
 
 def _verify(location: str) -> dict[str, Any]:
@@ -108,10 +115,16 @@ def save(folder: str, step: int, tensors: dict[str, Any], state: dict[str, Any],
 def restore(location: str, tensors: dict[str, Any], world: int) -> None:
     """Fill tensors from a checkpoint in place, whatever the number of workers that wrote it.
 
+    Of a top-level section that is asked for ("model", "optim"), all of it has to be: a trained parameter left out would
+    silently be the base's again.
+
     Raises:
-        CheckpointError: it lacks one of them, or one has another shape.
+        CheckpointError: it lacks one of them or has one more, or one has another shape.
     """
     try:
+        more = sorted(_stored_parameters(location, set(tensors)) - _parameters(tensors))
+        if more:
+            raise ValueError(f"it also holds {', '.join(more[:3])}{' …' if len(more) > 3 else ''}")
         with _single_process(world):
             dcp.load(tensors, storage_reader=reader(location), no_dist=world == 1)
     except (RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
@@ -199,6 +212,20 @@ def reader(location: str) -> dcp.FileSystemReader:
     storage = dcp.FileSystemReader(location)
     storage.fs, storage.path = _ArrowFileSystem(), location
     return storage
+
+
+def _parameters(tensors: dict[str, Any]) -> set[str]:
+    return {f"{section}.{name}" for section, held in tensors.items() for name in held}
+
+
+def _stored_parameters(location: str, sections: set[str]) -> set[str]:
+    """`model.<parameter>` and `optim.<parameter>` of some sections of a checkpoint, the moments' own names left off."""
+    names = {name.partition(".")[::2] for name in read_metadata(location)}
+    return {
+        f"{section}.{name.rpartition('.')[0] if section == 'optim' else name}"
+        for section, name in names
+        if section in sections
+    }
 
 
 def read_metadata(location: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ray_ft.view import View
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training run ended: steps finished of `total`; `seconds` from the command to the end and to the first step."""
+    """How a run ended: steps finished of `total`; seconds from the command to the end, and to the first step."""
 
     finished: int
     total: int
@@ -173,7 +173,7 @@ def _in_process(job: worker.Job, monitor: _Monitor) -> int:
         raise ResourceError("train.device = 'cuda', and this machine has no usable GPU", ["train.device=cpu"])
     if recipe.train.strategy != "none":
         raise ResourceError(
-            f"train.workers = 0 runs in this process, where strategy {recipe.train.strategy!r} has nothing to shard over",
+            f"train.workers = 0 runs in this process, where {recipe.train.strategy!r} has nothing to shard over",
             ["train.strategy=none", "train.workers=1"],
         )
     layout = Layout(0, 1, torch.device("cuda", 0) if cuda else torch.device("cpu"), _dtype(recipe, cuda))

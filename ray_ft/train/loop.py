@@ -15,9 +15,11 @@ from ray_ft.data.order import Order
 from ray_ft.data.stream import Batch, local_batches
 from ray_ft.errors import TrainingError
 from ray_ft.recipe import Train
-from ray_ft.strategy.base import Strategy
+from ray_ft.strategy.base import Layout, Strategy
 from ray_ft.train.metrics import Meter
 from ray_ft.train.schedule import due, learning_rate
+
+NAMED = 16  # samples of each worker that an error names
 
 
 class Link(Protocol):
@@ -62,16 +64,16 @@ def train_step(strategy: Strategy, batch: Batch, settings: Train, lr: float, sto
     targets = int(np.count_nonzero(batch.rows.flags & pack.TRAINED))
     shared = torch.tensor([targets, float(stop)], dtype=torch.float64, device=device)
     tokens, stops = strategy.all_reduce(shared).tolist()
-    total = torch.zeros((), dtype=torch.float32, device=device)
+    losses = []
     for micro in micro_batches(batch.rows, settings.micro_batch):
         with strategy.precision():
             loss = strategy.module(*tensors(micro, device))
         strategy.backward(loss / tokens)
-        total += loss.detach()
+        losses.append(loss.detach())
     norm = strategy.finish(settings.clip_norm).item()
-    mean = strategy.all_reduce(total.clone()).item() / tokens
+    mean = strategy.all_reduce(torch.stack(losses).sum()).item() / tokens
     if not (np.isfinite(norm) and np.isfinite(mean)):
-        raise _NotFinite(mean, norm, not np.isfinite(total.item()))
+        raise _NotFinite(mean, norm, torch.stack(losses).tolist())
     strategy.update(lr)
     return StepResult(mean, norm, int(tokens), stops > 0)
 
@@ -99,7 +101,7 @@ def train(
         try:
             result = train_step(strategy, batch, settings, lr, stop=layout.rank == 0 and link.stop_requested())
         except _NotFinite as fault:
-            raise _explain(fault, step, batch, order, layout.rank) from None
+            raise _explain(fault, step, batch, order, strategy.layout, settings.micro_batch) from None
         finished = step + 1
         row = meter.step(finished, result.loss, result.norm, lr, batch.rows)
         held_out_due = held_out is not None and due(settings.eval_every, finished, total)
@@ -156,17 +158,30 @@ def tensors(rows: pack.Rows, device: torch.device) -> tuple[torch.Tensor, torch.
 
 
 class _NotFinite(Exception):
-    def __init__(self, loss: float, norm: float, here: bool) -> None:
-        super().__init__(loss, norm, here)
-        self.loss, self.norm, self.here = loss, norm, here
+    """`loss` and `norm` are those of the whole step, `losses` the sums of this worker's micro-batches."""
+
+    def __init__(self, loss: float, norm: float, losses: list[float]) -> None:
+        super().__init__(loss, norm, losses)
+        self.loss, self.norm, self.losses = loss, norm, losses
 
 
-def _explain(fault: _NotFinite, step: int, batch: Batch, order: Order, rank: int) -> TrainingError:
-    """Names the step and, on the worker whose rows caused it, the rows."""
+def _explain(fault: _NotFinite, step: int, batch: Batch, order: Order, layout: Layout, size: int) -> TrainingError:
+    """Names the step and the rows of micro-batches at fault; of all workers, as any one's error may be what is shown.
+
+    Where every loss is finite and only the gradient is not, any row of the step may be the cause.
+    """
+    suspects = [np.isfinite(fault.loss) or not np.isfinite(loss) for loss in fault.losses]
+    names = [name for at in range(len(batch.rows)) if suspects[at // size] for name in order.locate(batch.first + at)]
+    shares: list[list[str]] = [names]
+    if layout.world > 1:
+        shares = [[] for _ in range(layout.world)]
+        torch.distributed.all_gather_object(shares, names)
     rows = ""
-    if fault.here or not np.isfinite(fault.norm):
-        names = [name for at in range(len(batch.rows)) for name in order.locate(batch.first + at)]
-        rows = f"; rows of worker {rank}: {', '.join(names[:8])}{f' … ({len(names)})' if len(names) > 8 else ''}"
+    for rank, share in enumerate(shares):
+        found = [name for name in share if name != "padding"]
+        if found:
+            more = f" … ({len(found)})" if len(found) > NAMED else ""
+            rows += f"; rows of worker {rank}: {', '.join(found[:NAMED])}{more}"
     return TrainingError(
         f"step {step + 1}: loss {fault.loss:g}, gradient norm {fault.norm:g}; the step was not taken{rows}",
         [

@@ -38,7 +38,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def flops_per_token(module: torch.nn.Module) -> float:
-    """Matrix-product FLOPs of one training step per token: 6 per trained, 4 per frozen weight (no gradient of the weight).
+    """Matrix-product FLOPs of a training step per token: 6 per trained weight, 4 per frozen one (it has no gradient).
 
     Counted as in Kaplan et al. 2020, without attention scores, and without embedding look-ups unless the matrix is also
     the output projection. An under-count, so MFU is never flattered.
@@ -55,7 +55,7 @@ def _has_own_head(module: torch.nn.Module) -> bool:
 
 
 class Meter:
-    """Counts since the last row of metrics. All rates are over the time spent training: evaluation and saving are left out."""
+    """Counts since the last row of metrics. Rates are over the time spent training, without evaluating and saving."""
 
     def __init__(self, strategy: Strategy, settings: Train) -> None:
         self._strategy, self._settings = strategy, settings
@@ -65,7 +65,7 @@ class Meter:
     def _reset(self) -> None:
         self._began = self._last = time.perf_counter()
         self._trained = self._wait = 0.0
-        self._tokens = self._places = 0
+        self._tokens = self._places = self._steps = 0
 
     def waited(self, seconds: float) -> None:
         """Time that the step waited for its rows."""
@@ -77,6 +77,7 @@ class Meter:
         self._last = now
         self._tokens += int(np.count_nonzero(rows.flags & pack.REAL))
         self._places += rows.flags.size
+        self._steps += 1
         return {"step": finished, "loss": loss, "lr": lr, "grad_norm": norm}
 
     def pause(self) -> None:
@@ -87,6 +88,7 @@ class Meter:
         """The row completed with rates over all workers (each worker's share is taken to be alike); starts anew."""
         layout, seconds = self._strategy.layout, max(self._trained, 1e-9)
         row["tokens_per_second"] = self._tokens * layout.world / seconds
+        row["step_seconds"] = seconds / max(self._steps, 1)
         row["data_wait_share"] = self._wait / seconds
         row["non_pad_share"] = self._tokens / max(self._places, 1)
         row["memory_gib"] = memory_gib(layout.device)

@@ -36,7 +36,7 @@ def build(settings: Optimizer, parameters: Iterable[tuple[str, nn.Parameter]]) -
 
 
 class Adafactor(torch.optim.Optimizer):
-    """Adafactor with a given learning rate (Shazeer & Stern 2018, algorithms 4 and 5), over plain or sharded parameters.
+    """Adafactor with a given learning rate (Shazeer & Stern 2018, algorithms 4 and 5), sharded or not.
 
     torch's own scales each step by the parameter's norm, and neither it nor the one in transformers works on DTensors,
     because the column statistics of a matrix sharded by rows need a sum over workers. Second moments of matrices are
@@ -132,32 +132,31 @@ def _moments(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, dict[str, Any]]:
-    """The optimizer's state by qualified parameter name, created where the first step has not created it yet."""
-    if not optimizer.state:
-        _create_state(optimizer)
+    """The optimizer's state by qualified parameter name, created where no step has created it yet.
+
+    To be called between steps. The tensors are the optimizer's own: filling them restores it.
+    """
+    _create_state(optimizer)
     return {names[parameter]: dict(state) for parameter, state in optimizer.state.items()}
 
 
-def load_state_tensors(
-    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], tensors: dict[str, dict[str, Any]]
-) -> None:
-    """Put a state of `state_tensors` back."""
-    for parameter, name in names.items():
-        if name in tensors:
-            optimizer.state[parameter] = dict(tensors[name])
-
-
 def _create_state(optimizer: torch.optim.Optimizer) -> None:
-    """A step of size zero with zero gradients: gives every trained parameter its state without moving it."""
+    """A step of size zero with zero gradients: gives trained parameters without a state theirs, and moves nothing.
+
+    A parameter that no forward pass used never had a gradient; a fresh optimizer, restoring, asks for its state too.
+    """
+    missing = {p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)}
+    if not missing:
+        return
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter) if parameter in missing else None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    for state in optimizer.state.values():
-        for value in state.values():
+    for parameter in missing:
+        for value in optimizer.state[parameter].values():
             _local(value).zero_()

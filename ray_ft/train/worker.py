@@ -11,7 +11,7 @@ import torch
 from ray_ft import paths
 from ray_ft.data.order import Order
 from ray_ft.data.prepare import Prepared
-from ray_ft.data.stream import Batch
+from ray_ft.data.stream import Batch, ahead
 from ray_ft.errors import CheckpointError
 from ray_ft.model import adapt, load
 from ray_ft.model.loss import LossModel, decoder_layers
@@ -74,6 +74,12 @@ def run(job: Job, layout: Layout, batches_from: BatchesFrom, link: Link) -> int:
     order = job.order
     held_out = Order.once(job.held_out) if job.held_out else None
     total = total_steps(recipe, order)
+    found = job.start()
+    start = found.step if found else 0
+    if start >= total:
+        return start
+    # Ray Data takes seconds to deliver its first rows; the model is built meanwhile.
+    batches = ahead(batches_from(order, start, total))
 
     folder = paths.model_folder(recipe.model.path)
     model = load.build(load.load_config(folder), recipe.model.attention)
@@ -105,11 +111,7 @@ def run(job: Job, layout: Layout, batches_from: BatchesFrom, link: Link) -> int:
         if layout.rank == 0:
             checkpoint.retain(folder, recipe.train.checkpoint.keep)
 
-    start = 0
-    if found := job.start():
+    if found:
         checkpoint.restore(found.location, state(), layout.world)
-        start = found.step
-    if start >= total:
-        return start
     module.train()
-    return train(strategy, batches_from(order, start, total), order, held_out, recipe.train, start, total, save, link)
+    return train(strategy, batches, order, held_out, recipe.train, start, total, save, link)

@@ -1,0 +1,67 @@
+"""The peer of `launcher.py`: the same training as a plain torchrun script, with nothing of ray_ft in its loop.
+
+Reads the packed rows from a .npz file, in the order in which ray-ft trains them, and keeps them in memory.
+    torchrun --nproc-per-node 2 benchmarks/torchrun_loop.py SETTINGS.json
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+
+def main() -> None:
+    started = time.time()
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(settings["threads"])
+    dist.init_process_group("gloo")
+    arrays = np.load(settings["rows"])
+    ids, positions, labels = (torch.from_numpy(arrays[name]) for name in ("input_ids", "position_ids", "labels"))
+
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32, attn_implementation="sdpa")
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings["lr"], betas=(0.9, 0.95), weight_decay=0.0)
+
+    share = settings["global_batch"] // world
+    step_seconds, losses, first = [], [], 0.0
+    for step in range(settings["steps"]):
+        began = time.perf_counter()
+        rows = slice(
+            step * settings["global_batch"] + rank * share, step * settings["global_batch"] + (rank + 1) * share
+        )
+        targets = labels[rows][:, 1:]
+        tokens = torch.tensor([(targets != -100).sum().item()], dtype=torch.float64)
+        dist.all_reduce(tokens)
+        # The usual way: all logits of the row, on every position.
+        logits = model(input_ids=ids[rows], position_ids=positions[rows], use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        (loss * world / tokens.item()).backward()  # FSDP2 averages over workers
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        total = loss.detach().double()
+        dist.all_reduce(total)
+        losses.append(total.item() / tokens.item())
+        step_seconds.append(time.perf_counter() - began)
+        first = first or time.time()
+    if rank == 0:
+        with open(settings["result"], "w") as stream:
+            json.dump({"step_seconds": step_seconds, "losses": losses, "first_step": first - started}, stream)
+    dist.destroy_process_group()
+
+
+main()

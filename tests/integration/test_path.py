@@ -1,0 +1,324 @@
+"""The path on a real Ray: prepare → train (FSDP2, two workers) → evaluate → export, on one cluster for the module."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from rich.console import Console
+
+from ray_ft import evaluate, paths, session
+from ray_ft.data import sources, stream
+from ray_ft.data.prepare import prepare
+from ray_ft.demo import DemoPaths
+from ray_ft.errors import CheckpointError, DataError, ExportError, ModelError, ResourceError
+from ray_ft.export import export
+from ray_ft.paths import Manifest
+from ray_ft.recipe import Recipe
+from ray_ft.train import checkpoint, launch
+from ray_ft.train.metrics import read_metrics
+from ray_ft.view import View
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    with session.ray_running("", session.OBJECT_STORE_BYTES):
+        yield
+
+
+@pytest.fixture
+def view() -> View:
+    return View(Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def trained(ray_cluster: None, make_recipe: Callable[..., Recipe]) -> Recipe:
+    """A run of `STEPS` steps on two FSDP2 workers, evaluated on the way."""
+    recipe = make_recipe(**on_ray(name="trained"))
+    outcome = launch.train(recipe, View(Console(quiet=True)))
+    assert outcome.complete
+    return recipe
+
+
+def on_ray(**changes: Any) -> dict[str, Any]:
+    settings = {
+        "run.name": changes.pop("name"),
+        "train.workers": 2,
+        "train.cpus_per_worker": 0.5,
+        "train.strategy": "fsdp",
+        "train.max_steps": STEPS,
+        "train.global_batch": 8,
+        "train.micro_batch": 2,
+        "train.log_every": 1,
+        "train.eval_every": 3,
+        "train.checkpoint.every": 2,
+        "train.optimizer.lr": 3e-3,
+        "evaluate.max_rows": 12,
+        "evaluate.max_new_tokens": 8,
+    }
+    return settings | changes
+
+
+def losses(recipe: Recipe) -> list[float]:
+    return [row["loss"] for row in read_metrics(recipe.run.dir)]
+
+
+def test_two_fsdp_workers_on_ray_train_as_one_process_does(
+    trained: Recipe, make_recipe: Callable[..., Recipe], view: View
+) -> None:
+    alone = make_recipe(**on_ray(name="alone", **{"train.workers": 0, "train.strategy": "none"}))
+    launch.train(alone, view)
+    np.testing.assert_allclose(losses(trained), losses(alone), rtol=2e-5)
+    ours, theirs = (read_metrics(r.run.dir) for r in (trained, alone))
+    np.testing.assert_allclose(
+        [r["eval_loss"] for r in ours if "eval_loss" in r],
+        [r["eval_loss"] for r in theirs if "eval_loss" in r],
+        rtol=2e-5,
+    )
+
+
+def test_a_run_in_two_parts_ends_as_one_in_one(trained: Recipe, make_recipe: Callable[..., Recipe], view: View) -> None:
+    # The schedule must not notice the break, so it is constant in both.
+    constant = {"train.schedule.name": "constant"}
+    whole = make_recipe(**on_ray(name="whole", **constant))
+    launch.train(whole, view)
+    first = make_recipe(**on_ray(name="parts", **constant, **{"train.max_steps": 4}))
+    launch.train(first, view)
+    rest = make_recipe(**on_ray(name="parts", **constant, **{"train.workers": 1, "train.micro_batch": 4}))
+    launch.train(rest, view)  # and on another number of workers
+    np.testing.assert_allclose(losses(rest), losses(whole), rtol=2e-5)
+
+
+def test_ray_data_prepares_the_same_rows_as_one_process(
+    ray_cluster: None, make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    parts = []
+    for name, spread in (("ray", stream.spread), ("here", stream.in_process)):
+        recipe = make_recipe(**{"run.storage": str(tmp_path / name)})
+        parts.append(prepare(recipe, "train", recipe.model.path, spread))
+    assert parts[0].units == parts[1].units
+    one, other = (p.read(p.units) for p in parts)
+    assert np.array_equal(one.input_ids, other.input_ids)
+    assert np.array_equal(one.flags, other.flags)
+
+
+def test_evaluation_finds_the_loss_that_training_reported(trained: Recipe, view: View) -> None:
+    report = evaluate.evaluate(trained.run.dir.root, view)
+    reported = [row["eval_loss"] for row in read_metrics(trained.run.dir) if "eval_loss" in row][-1]
+    assert report["loss"] == pytest.approx(reported, rel=1e-5)
+    assert report["step"] == STEPS
+    assert report["rows"] == 12
+    assert "nrefs:1" in report["chrf_signature"]
+    assert json.loads(paths.read_text(trained.run.dir.evaluation)) == report
+
+
+def test_the_export_is_what_was_trained(trained: Recipe, view: View, demo: DemoPaths) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    manifest = export(trained.run.dir.root, view)
+    assert Manifest.load(trained.run.dir.root).content == manifest.content
+    assert manifest.content["step"] == STEPS
+    assert manifest.model["stop_token_ids"] == [1, 5]
+    model, info = AutoModelForCausalLM.from_pretrained(manifest.folder, output_loading_info=True)
+    assert not any(info.values())
+    base = AutoModelForCausalLM.from_pretrained(demo.base)
+    assert not torch.equal(model.model.norm.weight, base.model.norm.weight)
+    tokenizer = AutoTokenizer.from_pretrained(manifest.folder)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(demo.base).chat_template
+    for name, facts in manifest.content["files"].items():
+        assert Path(manifest.folder, name).stat().st_size == facts["bytes"]
+    assert not [name for name in os.listdir(trained.run.dir.root) if name.startswith(".export-")]
+
+
+@pytest.fixture
+def copied(trained: Recipe, tmp_path: Path) -> Path:
+    """A copy of the trained run that a test may damage."""
+    return Path(
+        shutil.copytree(trained.run.dir.root, tmp_path / "copy", ignore=shutil.ignore_patterns("export", "ray"))
+    )
+
+
+def damage(run: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Rewrite the newest checkpoint's weights."""
+    import torch.distributed.checkpoint as dcp
+
+    found = checkpoint.newest(str(run / "checkpoints"))
+    assert found is not None
+    tensors = {
+        name.removeprefix("model."): torch.empty(meta.size)
+        for name, meta in checkpoint.read_metadata(found.location).items()
+        if name.startswith("model.")
+    }
+    checkpoint.restore(found.location, {"model": tensors}, world=1)
+    change(tensors)
+    dcp.save({"model": tensors}, checkpoint_id=found.location, no_dist=True)
+    files = {entry: os.path.getsize(os.path.join(found.location, entry)) for entry in os.listdir(found.location)}
+    files.pop("COMMITTED")
+    paths.write_json(os.path.join(found.location, "COMMITTED"), {"files": files})
+
+
+def test_export_refuses_weights_that_are_not_finite(copied: Path, view: View) -> None:
+    damage(copied, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    with pytest.raises(ExportError, match=r"model\.norm\.weight holds values that are not finite"):
+        export(str(copied), view)
+    assert not (copied / "export").exists()
+
+
+def test_export_refuses_what_is_still_the_base(copied: Path, view: View, demo: DemoPaths) -> None:
+    from safetensors.torch import load_file
+
+    base = load_file(os.path.join(demo.base, "model.safetensors"))
+    damage(copied, lambda tensors: [tensor.copy_(base[name]) for name, tensor in tensors.items()] and None)
+    with pytest.raises(ExportError, match="no tensor differs from the base"):
+        export(str(copied), view)
+
+
+def test_export_refuses_a_folder_that_answers_otherwise(
+    copied: Path, view: View, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import save_file
+
+    def swapped(tensors: dict[str, torch.Tensor], file: str, metadata: dict[str, str]) -> None:
+        layers = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"]
+        tensors = dict(tensors)
+        tensors[layers[0]], tensors[layers[1]] = tensors[layers[1]], tensors[layers[0]]
+        save_file(tensors, file, metadata=metadata)
+
+    monkeypatch.setattr("safetensors.torch.save_file", swapped)
+    with pytest.raises(ExportError, match="logits differ"):
+        export(str(copied), view)
+    assert not (copied / "export").exists()
+
+
+def test_a_failed_export_keeps_the_one_before(copied: Path, view: View) -> None:
+    export(str(copied), view)
+    before = Manifest.load(str(copied)).content
+    damage(copied, lambda tensors: tensors["model.norm.weight"].fill_(float("inf")))
+    with pytest.raises(ExportError):
+        export(str(copied), view)
+    assert Manifest.load(str(copied)).content == before
+
+
+def test_what_is_no_run_is_named(tmp_path: Path, make_recipe: Callable[..., Recipe], view: View) -> None:
+    with pytest.raises(CheckpointError, match="no run directory"):
+        export(str(tmp_path), view)
+    recipe = make_recipe(**{"run.name": "untrained"})
+    recipe.save()
+    with pytest.raises(CheckpointError, match="no committed checkpoint"):
+        export(recipe.run.dir.root, view)
+
+
+def test_too_many_workers_are_refused_at_once(
+    ray_cluster: None, make_recipe: Callable[..., Recipe], view: View
+) -> None:
+    began = time.monotonic()
+    with pytest.raises(ResourceError, match=r"train\.workers = 64") as caught:
+        launch.train(make_recipe(**on_ray(name="many", **{"train.workers": 64, "train.global_batch": 128})), view)
+    assert time.monotonic() - began < 10
+    assert any("fewer train.workers" in way for way in caught.value.ways_out)
+    with pytest.raises(ResourceError, match="GPU"):
+        launch.train(make_recipe(**on_ray(name="gpus", **{"train.device": "cuda"})), view)
+
+
+def test_a_workers_error_arrives_as_what_it_is(
+    ray_cluster: None, make_recipe: Callable[..., Recipe], demo: DemoPaths, tmp_path: Path, view: View
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(demo.base, broken)
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.layers.0.self_attn.q_proj.weight"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    recipe = make_recipe(**on_ray(name="broken", **{"model.path": str(broken)}))
+    with pytest.raises(ModelError, match=r"1 missing \(model\.layers\.0\.self_attn\.q_proj\.weight\)"):
+        launch.train(recipe, view)
+    assert "Traceback" in paths.read_text(recipe.run.dir.at("logs", "worker-0.txt"))
+
+
+def test_fewer_rows_than_workers_still_train(
+    ray_cluster: None, make_recipe: Callable[..., Recipe], tmp_path: Path, view: View
+) -> None:
+    row = {"source_text": "one", "target_text": "un", "source_lang_code": "en", "target_lang_code": "fr"}
+    (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n")
+    changes = {"data.train.0.path": str(tmp_path / "one.jsonl"), "data.eval": [], "train.max_steps": 2}
+    recipe = make_recipe(**on_ray(name="one-row", **changes))
+    assert launch.train(recipe, view).complete
+    assert losses(recipe)[1] < losses(recipe)[0]
+
+
+def test_bad_data_stops_the_run_before_any_worker(
+    ray_cluster: None, make_recipe: Callable[..., Recipe], tmp_path: Path, view: View
+) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"source_text": 1}\nnot json\n')
+    recipe = make_recipe(**on_ray(name="bad", **{"data.train.0.path": str(tmp_path / "bad.jsonl")}))
+    with pytest.raises(DataError, match="all 2 rows were rejected"):
+        launch.train(recipe, view)
+    recipe = make_recipe(**on_ray(name="none", **{"data.train.0.path": str(tmp_path / "*.none.jsonl")}))
+    with pytest.raises(DataError, match="matches no file"):
+        launch.train(recipe, view)
+
+
+def test_memory_is_bounded_whatever_the_size_of_the_file(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten times the data take no more memory in a task: measured in a process of its own each."""
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 1 << 20)
+    row = {"source_text": "one " * 50, "target_text": "un " * 50, "source_lang_code": "en", "target_lang_code": "fr"}
+    peaks = []
+    for megabytes in (4, 40):
+        line = json.dumps(row) + "\n"
+        file = tmp_path / f"{megabytes}.jsonl"
+        file.write_text(line * (megabytes * 2**20 // len(line)))
+        recipe = make_recipe(**{"data.train.0.path": str(file), "run.storage": str(tmp_path / f"runs-{megabytes}")})
+        script = (
+            "import sys, resource; from ray_ft import recipe; from ray_ft.data import prepare, stream, sources;"
+            "sources.CHUNK_BYTES = 1 << 20; prepare.SEGMENT_TOKENS = 1 << 18;"
+            "r = recipe.load(sys.argv[1]); prepare.prepare(r, 'train', r.model.path, stream.in_process);"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+        )
+        recipe.save()
+        done = subprocess.run(
+            [sys.executable, "-c", script, recipe.run.dir.recipe], capture_output=True, text=True, check=True
+        )
+        peaks.append(int(done.stdout))
+    assert peaks[1] < peaks[0] + 40, f"MiB: {peaks}"
+
+
+def test_ctrl_c_leaves_a_run_that_continues_and_no_process(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    changes = {"train.max_steps": 2000, "train.checkpoint.every": 2000, "train.eval_every": None, "data.eval": []}
+    recipe = make_recipe(**on_ray(name="interrupted", **changes, **{"run.storage": str(tmp_path)}))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    command = [sys.executable, "-m", "ray_ft", "train", str(file)]
+    process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 240
+    while not read_metrics(recipe.run.dir):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    family = process.children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "the same command continues" in output
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    found = checkpoint.newest(recipe.run.dir.checkpoints)
+    assert found is not None
+    assert found.step == read_metrics(recipe.run.dir)[-1]["step"]
