@@ -65,12 +65,12 @@ def _summarise(pairs: list[dict[str, Any]]) -> None:
     import transformers
 
     print(f"tokens/s ray-ft ÷ torchrun: median {statistics.median(ratios):.3f} ({ratios[0]:.3f} … {ratios[-1]:.3f})")
+    middle = statistics.median(extra)
+    print(f"seconds to the first step, ray-ft − torchrun: median {middle:.1f} ({extra[0]:.1f} … {extra[-1]:.1f})")
     print(
-        f"seconds to the first step, ray-ft − torchrun: median {statistics.median(extra):.1f} ({extra[0]:.1f} … {extra[-1]:.1f})"
-    )
-    print(
-        f"{len(pairs)} pairs; {WORKERS} workers × 1 thread on {os.cpu_count()} cores; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, ray {ray.__version__}; real data, clipping 1.0"
+        f"{len(pairs)} pairs; {WORKERS} workers × 1 thread on {os.cpu_count()} cores; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"ray {ray.__version__}; real data, clipping 1.0"
     )
 
 

@@ -21,7 +21,7 @@ from ray_ft.data import pack, sources, stream
 from ray_ft.data.order import Order
 from ray_ft.data.prepare import prepare
 from ray_ft.data.render import Renderer, load_tokenizer
-from ray_ft.data.rows import Conversation, Sample, to_sample
+from ray_ft.data.rows import Conversation, Sample, columns_used, to_sample
 from ray_ft.errors import DataError
 from ray_ft.model.loss import LossModel
 from ray_ft.recipe import Recipe
@@ -70,7 +70,7 @@ def _questions(recipe: Recipe) -> Iterable[Question]:
             before = 0
             for chunk in sources.chunks_of(file, number):
                 line = 0
-                for row in sources.read_rows(chunk):
+                for row in sources.read_rows(chunk, columns_used(source)):
                     line = row.line
                     sample = to_sample(source, row.content) if isinstance(row.content, dict) else None
                     if isinstance(sample, Sample):

@@ -99,11 +99,16 @@ def write_bytes(location: str, content: bytes) -> None:
         return
     os.makedirs(parent, exist_ok=True)
     partial = f"{path}.{uuid.uuid4().hex[:8]}.partial"
-    with open(partial, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        raise
 
 
 def write_text(location: str, content: str) -> None:
@@ -161,7 +166,7 @@ def local_copy(location: str, cache: str | Path | None = None) -> str:
     infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
     stamp = sorted((i.path, i.size, i.mtime_ns) for i in infos if i.type == pafs.FileType.File)
     key = hashlib.sha256(repr((location, stamp)).encode()).hexdigest()[:16]
-    root = Path(cache or os.environ.get("RAY_FT_CACHE", Path.home() / ".cache" / "ray_ft"))
+    root = Path(cache or os.environ.get("RAY_FT_CACHE") or Path.home() / ".cache" / "ray_ft")
     target = root / key
     if not target.exists():
         root.mkdir(parents=True, exist_ok=True)

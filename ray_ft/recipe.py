@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -37,7 +38,7 @@ class Run(Section):
     """Name of the run: its directory is <storage>/<name>, and training again under the same name resumes it."""
     storage: str = "runs"
     """Folder or URI (s3://…, gs://…) that holds run directories; every node must reach it."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the order of samples and of any random initialisation."""
 
     @field_validator("storage")
@@ -212,14 +213,17 @@ class Data(Section):
 # ----------------------------------------------------------------------------------------------------------- train
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(Section):
     name: Literal["adamw", "adafactor"] = "adamw"
     """AdamW (decoupled weight decay) or Adafactor (factored second moments)."""
-    lr: Annotated[float, Field(gt=0)] = 1e-4
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
     """Peak learning rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay; not applied to biases, norms and embeddings."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's term added to the denominator."""
@@ -231,7 +235,7 @@ class Schedule(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises linearly from zero."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Learning rate at the last step, as a share of the peak."""
+    """Learning rate that the decay ends at, as a share of the peak."""
 
 
 class Checkpoint(Section):
@@ -367,7 +371,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
     if not paths.exists(path):
         raise RecipeError(f"no recipe at {path!r}", _nearby_recipes(path))
     try:
-        content = yaml.safe_load(paths.read_text(path))
+        content = yaml.load(paths.read_text(path), _Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise RecipeError(
             f"{path} is not valid YAML: {error}", ["indent with spaces; quote values that hold ': '"]
@@ -394,12 +398,26 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as it should be: a key that stands twice is an error, and 1e-4 is a number (YAML 1.1 wants 1.0e-4)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
 def _apply(content: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise RecipeError(f"override {override!r} is not of the form key.path=value", ["for example train.workers=4"])
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise RecipeError(f"the value of override {override!r} is not valid YAML: {error}", ["quote it"]) from error
     *parents, last = key.split(".")
@@ -426,15 +444,15 @@ def _apply(content: dict[str, Any], override: str) -> None:
 def _fault(item: Any) -> str:
     """One line of an error: the key, what is wrong, the value, the ways out."""
     formats = [get_args(source.model_fields["format"].annotation)[0] for source in get_args(get_args(AnySource)[0])]
-    location = [str(part) for part in item["loc"] if part not in formats]
+    # pydantic puts the chosen format into the location, right behind the source's index.
+    parts = item["loc"]
+    location = [str(p) for at, p in enumerate(parts) if not (at and isinstance(parts[at - 1], int) and p in formats)]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
         known = sorted(_keys(Recipe, item["loc"][:-1]))
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        elsewhere = [path for path in _all_keys(Recipe) if path.split(".")[-1] == location[-1]]
+        near = elsewhere or difflib.get_close_matches(location[-1], known, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        everywhere = [path for path in _all_keys(Recipe) if path.split(".")[-1] == location[-1]]
-        if everywhere and not near:
-            hint = f"did you mean {everywhere[0]!r}?"
         return f"{key}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{key}: missing"

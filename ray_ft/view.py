@@ -65,7 +65,7 @@ class TrainingPanel:
         self._bar = _bar(console)
         self._task = self._bar.add_task("step", total=total, completed=start)
         self._live: Live | None = None
-        self._next_line = 0
+        self._next_line = self._evaluations = 0
         self._began = time.monotonic()
 
     @contextlib.contextmanager
@@ -83,10 +83,14 @@ class TrainingPanel:
         self._bar.update(self._task, completed=step)
         if self._live is not None:
             self._live.update(self._render())
-        elif step >= self._next_line or "eval_loss" in row or step == self._total:
+        elif step >= self._next_line or step == self._total or self._shows_evaluation(row):
             shown = "  ".join(f"{title} {form.format(row[key])}" for key, title, form in _COLUMNS if key in row)
             self._console.print(f"step {step}/{self._total}  {shown}")
             self._next_line = step - step % -(-self._total // PLAIN_LINES) + -(-self._total // PLAIN_LINES)
+
+    def _shows_evaluation(self, row: Mapping[str, float]) -> bool:
+        self._evaluations += "eval_loss" in row
+        return "eval_loss" in row and self._evaluations <= PLAIN_LINES
 
     def _render(self) -> Group:
         table = Table.grid(padding=(0, 3))

@@ -164,7 +164,8 @@ def prepare(
         on_progress: called with (chunks done, chunks in all).
 
     Raises:
-        DataError: no file, no usable row, or more rejects than `data.max_bad_rows`.
+        DataError: a path matches no file, or a Parquet file lacks a column or does not open.
+        ModelError: no usable tokenizer, or no chat template where the format needs one.
     """
     wanted: Sequence[AnySource] = getattr(recipe.data, split)
     files = [(number, file) for number, source in enumerate(wanted) for file in sources.find_files(source)]
@@ -195,7 +196,6 @@ def prepare(
         _run(work, chunks, spread, on_progress)
         prepared = _load(location, reused=False)
         assert prepared is not None
-    _check_after(prepared, recipe, split)
     return prepared
 
 
@@ -220,9 +220,17 @@ def _check_before(wanted: Sequence[Source], files: Sequence[tuple[int, sources.F
             )
 
 
-def _check_after(prepared: Prepared, recipe: Recipe, split: Split) -> None:
+def check(prepared: Prepared, recipe: Recipe, split: Split, rejects: str) -> None:
+    """Refuse data that is empty, or of which too little is left.
+
+    Args:
+        rejects: where the reader finds the rejects.
+
+    Raises:
+        DataError: no row, no usable row, or more rejects than `data.max_bad_rows`.
+    """
     counts = prepared.counts
-    ways = [f"each reject with file, line and reason: {prepared.rejects}"]
+    ways = [f"each reject with file, line and reason: {rejects}"]
     if not counts.rows:
         raise DataError(f"data.{split} is empty: its files hold no rows", ["check that the right files are named"])
     if not counts.used:
@@ -322,7 +330,7 @@ class _Work:
                 yield line, sample if sample is None or isinstance(sample, Reject) else next(tokens)
             waiting.clear()
 
-        for row in sources.read_rows(chunk):
+        for row in sources.read_rows(chunk, columns_used(source)):
             content = row.content
             waiting.append((row.line, to_sample(source, content) if isinstance(content, dict) else content))
             if len(waiting) == ENCODE_BATCH:

@@ -1,9 +1,9 @@
 """Samples to tokens: the chat template, and which tokens are trained.
 
 A conversation is rendered once as a whole and once up to each assistant turn; what the longer text has more is that
-turn's answer. Tokens that begin inside an answer are trained, up to and including the marker that ends the turn, so
-that the model learns to stop. The rendered text holds every special token (Gemma's template writes ``<bos>`` itself),
-so it is tokenized without adding any.
+turn's answer. Tokens that hold any of an answer are trained, up to and including the marker that ends the turn, so
+that the model learns to stop; so is one that joins the prompt's last space to the answer's first word. The rendered
+text holds every special token (Gemma's template writes ``<bos>`` itself), so it is tokenized without adding any.
 """
 
 from __future__ import annotations
@@ -104,10 +104,10 @@ class Renderer:
 
     def _tokens(self, encoding: Any, spans: list[tuple[int, int]], sample: Sample) -> Tokens:
         ids = np.asarray(encoding.ids, dtype=np.int32)
-        starts = np.fromiter((offset[0] for offset in encoding.offsets), dtype=np.int64, count=len(ids))
+        starts, ends = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
         trained = np.zeros(len(ids), dtype=bool)
         for start, end in spans:
-            trained |= (starts >= start) & (starts < end)
+            trained |= ((starts >= start) | (ends > start)) & (starts < end)
         if isinstance(sample, Joined):
             if self.bos is not None and (not len(ids) or ids[0] != self.bos):
                 ids, trained = np.insert(ids, 0, self.bos), np.insert(trained, 0, False)

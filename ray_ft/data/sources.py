@@ -17,6 +17,7 @@ import io
 import json
 import posixpath
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, Literal
@@ -83,7 +84,7 @@ def find_files(source: Source) -> list[File]:
     """The files of a source, sorted by name within each of its paths.
 
     Raises:
-        DataError: a path matches nothing, or a file is of no known kind or is empty Parquet.
+        DataError: a path matches nothing, a file is of no known kind, or two paths name the same one.
     """
     files: list[File] = []
     for location in source.path:
@@ -97,6 +98,11 @@ def find_files(source: Source) -> list[File]:
                 ],
             )
         files += found
+    if twice := [uri for uri, count in Counter(file.uri for file in files).items() if count > 1]:
+        raise DataError(
+            f"{twice[0]} is named twice by the paths of one source, so its rows would count double",
+            ["narrow the globs"],
+        )
     return files
 
 
@@ -191,10 +197,14 @@ def chunks_of(file: File, source: int, chunk_bytes: int | None = None) -> list[C
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def read_rows(chunk: Chunk) -> Iterator[Row]:
-    """The rows of one chunk in file order."""
+def read_rows(chunk: Chunk, columns: set[str] | None = None) -> Iterator[Row]:
+    """The rows of one chunk in file order.
+
+    Args:
+        columns: all that is read of a Parquet file; None: everything.
+    """
     if chunk.file.kind == "parquet":
-        yield from _parquet_rows(chunk)
+        yield from _parquet_rows(chunk, columns)
         return
     for number, line in enumerate(_lines(chunk), start=1):
         if isinstance(line, Reject):
@@ -295,7 +305,7 @@ def _corrupt_stream() -> tuple[type[Exception], ...]:
 def _decompress(raw: Any, compression: str) -> IO[bytes]:
     if compression == "gzip":
         return gzip.GzipFile(fileobj=io.BufferedReader(_Raw(raw), buffer_size=1 << 20))  # type: ignore[return-value]
-    return io.BufferedReader(_Zstd(raw), buffer_size=1 << 20)  # type: ignore[return-value]
+    return io.BufferedReader(_Zstd(raw), buffer_size=1 << 20)
 
 
 class _Raw(io.RawIOBase):
@@ -364,10 +374,11 @@ def parquet_columns(file: File) -> list[str]:
     return _open_parquet(file).schema_arrow.names
 
 
-def _parquet_rows(chunk: Chunk) -> Iterator[Row]:
+def _parquet_rows(chunk: Chunk, columns: set[str] | None) -> Iterator[Row]:
     parquet = _open_parquet(chunk.file)
     line = sum(parquet.metadata.row_group(g).num_rows for g in range(chunk.start))
-    batches = parquet.iter_batches(batch_size=1024, row_groups=list(range(chunk.start, chunk.stop)))
+    wanted = None if columns is None else sorted(columns)
+    batches = parquet.iter_batches(batch_size=1024, row_groups=list(range(chunk.start, chunk.stop)), columns=wanted)
     while True:
         try:
             batch = next(batches, None)

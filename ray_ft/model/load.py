@@ -171,7 +171,7 @@ def local_rows(tensor: DTensor) -> tuple[int, int]:
 def _compute_buffers(model: PreTrainedModel) -> None:
     # The family's own initialisation computes them; marking what was loaded keeps it from touching anything else.
     for tensor in [*model.parameters(), *stored_names(model).values()]:
-        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        tensor._is_hf_initialized = True
     model.initialize_weights()
 
 

@@ -122,14 +122,18 @@ def restore(location: str, tensors: dict[str, Any], world: int) -> None:
         CheckpointError: it lacks one of them or has one more, or one has another shape.
     """
     try:
-        more = sorted(_stored_parameters(location, set(tensors)) - _parameters(tensors))
-        if more:
-            raise ValueError(f"it also holds {', '.join(more[:3])}{' …' if len(more) > 3 else ''}")
+        wanted = set(_leaves(tensors))
+        stored = {name for name in read_metadata(location) if name.partition(".")[0] in tensors}
+        for what, names in (("it lacks", wanted - stored), ("it also holds", stored - wanted)):
+            if names:
+                raise ValueError(
+                    f"{what} {', '.join(sorted(names)[:3])}{f' … ({len(names)})' if len(names) > 3 else ''}"
+                )
         with _single_process(world):
             dcp.load(tensors, storage_reader=reader(location), no_dist=world == 1)
     except (RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
         raise CheckpointError(
-            f"{location} does not fit this recipe: {str(error).splitlines()[0][:300]}",
+            f"{location} does not fit this recipe: {str(error).strip().splitlines()[-1][:300]}",
             [
                 "train under another run.name",
                 "or with the model, optimizer and frozen parameters that it was written with",
@@ -214,18 +218,13 @@ def reader(location: str) -> dcp.FileSystemReader:
     return storage
 
 
-def _parameters(tensors: dict[str, Any]) -> set[str]:
-    return {f"{section}.{name}" for section, held in tensors.items() for name in held}
-
-
-def _stored_parameters(location: str, sections: set[str]) -> set[str]:
-    """`model.<parameter>` and `optim.<parameter>` of some sections of a checkpoint, the moments' own names left off."""
-    names = {name.partition(".")[::2] for name in read_metadata(location)}
-    return {
-        f"{section}.{name.rpartition('.')[0] if section == 'optim' else name}"
-        for section, name in names
-        if section in sections
-    }
+def _leaves(tensors: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Qualified names in nested dictionaries, as torch's checkpoints write them."""
+    for name, value in tensors.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def read_metadata(location: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from ray_ft import paths, session
 from ray_ft.data import stream
 from ray_ft.data.order import Order
-from ray_ft.data.prepare import Prepared, Split, prepare
+from ray_ft.data.prepare import Prepared, Split, check, prepare
 from ray_ft.errors import RayFtError, ResourceError, TrainingError
 from ray_ft.recipe import Recipe
 from ray_ft.strategy import Layout
@@ -56,20 +56,28 @@ def train(recipe: Recipe, view: View) -> Outcome:
 
 
 def prepare_job(recipe: Recipe, view: View, spread: Any) -> worker.Job:
-    """Prepare the recipe's data and write what is known into the run directory."""
+    """Prepare the recipe's data, write what was counted into the run directory, and refuse what is not fit to train on.
+
+    Raises:
+        DataError: see `prepare` and `check`.
+        CheckpointError: the run of this name was trained on other data; nothing of it has been touched.
+    """
     run = recipe.run.dir
-    recipe.save()
     folder = paths.model_folder(recipe.model.path, weights=False)
     prepared: dict[Split, Prepared] = {}
     splits: list[Split] = ["train", "eval"] if recipe.data.eval else ["train"]
     for split in splits:
         with view.progress(f"preparing {split} data") as progress:
             prepared[split] = prepare(recipe, split, folder, spread, progress)
+    job = worker.Job(recipe, prepared["train"], prepared.get("eval"))
+    job.start()
     paths.write_json(run.stats, {split: found.stats() for split, found in prepared.items()})
     with paths.Appender(run.rejects) as rejects:
         for found in prepared.values():
             rejects.write(paths.read_bytes(found.rejects))
-    return worker.Job(recipe, prepared["train"], prepared.get("eval"))
+    for split, found in prepared.items():
+        check(found, recipe, split, run.rejects)
+    return job
 
 
 class _Monitor:
@@ -86,6 +94,7 @@ class _Monitor:
         for broken, why in _set_broken_aside(run.checkpoints):
             self._view.line(f"set aside {broken}: {why}")
         found = self.job.start()
+        recipe.save()  # not before the run is known to go on with it: a refused one must not replace its own
         at = found.step if found else 0
         if at >= self._total:
             self._view.line(f"{recipe.run.name} is already trained: {at} of {self._total} steps")
@@ -95,28 +104,32 @@ class _Monitor:
         self._log = MetricsLog(run, at)
         done: list[int] = []
         failed: list[BaseException] = []
+        over = threading.Event()
 
         def body() -> None:
             try:
                 done.append(start(self.job, self))
             except BaseException as error:  # carried to the main thread, which raises it
                 failed.append(error)
+            finally:
+                over.set()
 
         thread = threading.Thread(target=body, name="ray-ft-train", daemon=True)
         try:
             with self._view.training(self._total, at) as self._panel:
                 thread.start()
-                self._wait(thread)
+                self._wait(over)
         finally:
             self._log.close()
         if failed:
             raise _as_ours(failed[0], run) from failed[0]
         return Outcome(done[0], self._total, time.monotonic() - self._began, self._first)
 
-    def _wait(self, thread: threading.Thread) -> None:
-        while thread.is_alive():
+    def _wait(self, over: threading.Event) -> None:
+        # Not by joining the thread: Python 3.11 takes one for ended once Ctrl-C has interrupted join().
+        while not over.is_set():
             try:
-                thread.join(0.2)
+                over.wait(0.2)
             except KeyboardInterrupt:
                 if self.stopping.is_set():
                     raise

@@ -55,7 +55,7 @@ class Adafactor(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "decay": decay, "eps": eps, "clip": clip, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:

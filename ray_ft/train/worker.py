@@ -43,9 +43,9 @@ class Job:
         found = checkpoint.newest(self.recipe.run.dir.checkpoints)
         if found:
             for key, value in self.identity().items():
-                if found.state[key] != value:
+                if (before := found.state.get(key)) != value:
                     raise CheckpointError(
-                        f"{found.location} was written with {key} = {found.state[key]!r}, the recipe now has {value!r}",
+                        f"{found.location} was written with {key} = {before!r}, the recipe now has {value!r}",
                         ["train under another run.name", f"or set {key} back to continue this run"],
                     )
         return found
@@ -53,6 +53,7 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What must not change for a run to be continued: with it, step and batch mean the same rows."""
         return {
+            "model.path": self.recipe.model.path,
             "data.train": self.train.location.rpartition("/")[2],
             "train.global_batch": self.recipe.train.global_batch,
             "run.seed": self.recipe.run.seed,

@@ -1,4 +1,4 @@
-"""Help for tests of training: functions on several gloo processes, tiny runs without Ray, whole weights of sharded models.
+"""Help for tests of training: functions on several gloo processes, tiny runs without Ray, sharded weights as a whole.
 
 Processes are forked from a server that has imported torch and transformers once, so that starting two costs
 tenths of a second; each call gets new ones.
@@ -187,7 +187,9 @@ class FakeLink:
         return [row["loss"] for row in self.rows]
 
 
-def run_job(rank: int, world: int, job: worker.Job, stop_after: int | None = None) -> tuple[int, list[dict[str, float]]]:
+def run_job(
+    rank: int, world: int, job: worker.Job, stop_after: int | None = None
+) -> tuple[int, list[dict[str, float]]]:
     """`worker.run` on this rank, its rows read without Ray. Returns (steps finished, rows of metrics)."""
     link = FakeLink(stop_after)
     rows, share = job.recipe.train.global_batch, job.recipe.train.rows_per_worker

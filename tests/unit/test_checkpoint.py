@@ -1,4 +1,4 @@
-"""Promise 3, the checkpoint: it restores at another number of workers as if nothing had happened, and a broken one costs no run."""
+"""Promise 3, the checkpoint: another number of workers goes on as if nothing had been; a broken one costs no run."""
 
 from __future__ import annotations
 
@@ -95,7 +95,11 @@ def test_training_goes_on_at_another_number_of_workers_as_if_nothing_had_happene
 def read_all(location: str) -> dict[str, torch.Tensor]:
     metadata = checkpoint.read_metadata(location)
     tensors = {key: torch.full(tuple(m.size), float("nan"), dtype=m.properties.dtype) for key, m in metadata.items()}
-    checkpoint.restore(location, tensors, world=1)
+    nested: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optim": {}}
+    for key, tensor in tensors.items():
+        section, _, name = key.partition(".")
+        nested[section][name] = tensor
+    checkpoint.restore(location, nested, world=1)
     return tensors
 
 
@@ -237,18 +241,30 @@ def test_only_the_newest_are_kept(demo: DemoPaths, tmp_path: Path, trained: tupl
 def test_what_would_give_steps_another_meaning_is_refused(
     demo: DemoPaths, copied: Path, override: str, key: str
 ) -> None:
-    job = job_of(demo, copied, override)
+    before = paths.read_text(str(copied / "run" / "data" / "stats.json"))
     with pytest.raises(CheckpointError, match=f"was written with {key} = ") as caught:
-        job.start()
+        job_of(demo, copied, override)
+    assert paths.read_text(str(copied / "run" / "data" / "stats.json")) == before
     assert f"set {key} back" in str(caught.value)
     assert "run.name" in str(caught.value)
+
+
+def test_another_width_of_the_model_is_refused_by_name(copied: Path) -> None:
+    location = str(folder_of(copied) / checkpoint.name(6))
+    tensors = read_all(location)
+    name = next(key for key in tensors if key.endswith("q_proj.weight"))
+    model = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
+    model[name.removeprefix("model.")] = torch.zeros(5, 5)
+    with pytest.raises(CheckpointError, match="does not fit this recipe") as caught:
+        checkpoint.restore(location, {"model": model}, world=1)
+    assert name in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("before", "after", "named"),
     [
-        ([], ["train.optimizer.name=adafactor"], ".row"),
-        (["train.optimizer.name=adafactor"], [], ".exp_avg"),
+        ([], ["train.optimizer.name=adafactor"], "it lacks optim."),
+        (["train.optimizer.name=adafactor"], [], "it lacks optim."),
         (["model.freeze=['*embed*']"], [], "embed_tokens"),
         ([], ["model.freeze=['*embed*']"], "embed_tokens"),  # else the embedding would be the base's again, silently
     ],

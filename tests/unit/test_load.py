@@ -1,4 +1,4 @@
-"""Loading: meta build and fill give exactly what `from_pretrained` gives, and anything else than a whole model is refused."""
+"""Loading: meta build and fill give exactly what `from_pretrained` gives; all but a whole model is refused."""
 
 from __future__ import annotations
 

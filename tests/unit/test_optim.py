@@ -87,7 +87,11 @@ def test_adafactors_state_is_factored() -> None:
     over = parameters()
     optimizer = optim.build(ADAFACTOR, over.items())
     held = optim.state_tensors(optimizer, {p: name for name, p in over.items()})
-    assert {key: tuple(value.shape) for key, value in held["tall"].items()} == {"step": (), "row": (64,), "column": (3,)}
+    assert {key: tuple(value.shape) for key, value in held["tall"].items()} == {
+        "step": (),
+        "row": (64,),
+        "column": (3,),
+    }
     assert {key: tuple(value.shape) for key, value in held["bias"].items()} == {"step": (), "moment": (9,)}
 
 
@@ -104,7 +108,9 @@ def test_state_goes_out_and_in_by_name_and_the_steps_continue(settings: Optimize
     second = {name: nn.Parameter(p.detach().clone()) for name, p in first.items()}
     optimizer = optim.build(settings, second.items())
     before = {name: p.detach().clone() for name, p in second.items()}
-    fresh = optim.state_tensors(optimizer, {p: name for name, p in second.items()})  # as restoring does: filled in place
+    fresh = optim.state_tensors(
+        optimizer, {p: name for name, p in second.items()}
+    )  # as restoring does: filled in place
     assert all(torch.equal(second[name], before[name]) for name in before)  # creating it has moved nothing
     assert all(p.grad is None for p in second.values())
     assert [group["lr"] for group in optimizer.param_groups] == [0.02] * len(optimizer.param_groups)

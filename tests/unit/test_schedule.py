@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ def test_linear_falls_towards_the_floor() -> None:
 def test_cosine_is_half_a_cosine_above_the_floor() -> None:
     assert rates(4, name="cosine") == pytest.approx([1.0, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)])
     floor = rates(1000, name="cosine", min_lr_ratio=0.1)
-    assert all(later < earlier for earlier, later in zip(floor, floor[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(floor))
     assert floor[-1] == pytest.approx(0.1, abs=1e-5)
 
 

@@ -123,7 +123,7 @@ def test_steps_equal_one_sample_a_row_in_one_process(
     losses, norms, final = expected
     assert losses[0] - losses[-1] > 0.05  # something was learnt, so equality means something
     assert norms[0] > 1  # and the gradient was clipped
-    base = {name: p for name, p in AutoModelForCausalLM.from_pretrained(demo.base).named_parameters()}
+    base = dict(AutoModelForCausalLM.from_pretrained(demo.base).named_parameters())
     for ranks in run(world, train_all, demo, CASES + LOW):
         for case, (found, found_norms, found_weights) in zip(CASES + LOW, ranks, strict=True):
             low = case[-1] == torch.bfloat16
@@ -232,7 +232,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_it_and_the_ro
     counts = {int(t): [i for i in range(24) if t in rows.input_ids[i]] for t in np.unique(rows.input_ids[20:24])}
     token, at = next((t, where[-1]) for t, where in counts.items() if [w for w in where if w >= 16] == where[-1:])
     assert at >= 20
-    blamed = order.locate(at)
     for ranks in run(2, train_into_poison, demo, prepared, token):
         assert len(ranks) == 2  # under both strategies
         for message, steps, unchanged in ranks:
@@ -252,7 +251,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_it_and_the_ro
 
 
 def evaluate_all(rank: int, world: int, demo: DemoPaths, held_out: Prepared, folder: str) -> list[Any]:
-    """For each strategy: losses of evaluations before and after a step, and what training and saving gave around them."""
+    """For each strategy: losses of evaluations, and what training gave between them."""
     found = []
     for name in ("fsdp", "none"):
         recipe = recipe_for(demo, name, world, 4, True)

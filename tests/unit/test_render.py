@@ -1,0 +1,222 @@
+"""The loss falls on the answers and the markers that end them, on nothing else, and <bos> stands once."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from ray_ft.data.render import Renderer, Tokens, load_tokenizer
+from ray_ft.data.rows import Conversation, Joined, Sample
+from ray_ft.data.sources import Reject
+from ray_ft.demo import DemoPaths
+from ray_ft.errors import ModelError
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def talk(*contents: str, system: str | None = None) -> Conversation:
+    turns = [{"role": ("user", "assistant")[at % 2], "content": content} for at, content in enumerate(contents)]
+    return Conversation(tuple(([{"role": "system", "content": system}] if system else []) + turns))
+
+
+SHORT = talk("Translate: one", "un")
+LONG = talk("Translate: one", "un", "and two?", "deux é 😀", "three", "trois", system="Be brief.")
+
+
+@pytest.fixture(scope="module")
+def renderer(demo: DemoPaths) -> Renderer:
+    return Renderer(load_tokenizer(demo.base))
+
+
+@pytest.fixture
+def with_template(demo: DemoPaths) -> Any:
+    def make(template: str) -> Renderer:
+        tokenizer = AutoTokenizer.from_pretrained(demo.base)  # its own: loaded ones are shared
+        tokenizer.chat_template = template
+        return Renderer(tokenizer)
+
+    return make
+
+
+def encode(renderer: Renderer, sample: Sample) -> Tokens:
+    (tokens,) = renderer.encode([sample])
+    assert isinstance(tokens, Tokens), tokens
+    assert tokens.ids.dtype == np.int32 and tokens.trained.dtype == bool and tokens.ids.shape == tokens.trained.shape
+    return tokens
+
+
+def trained_pieces(renderer: Renderer, tokens: Tokens) -> list[str]:
+    """The text of each run of trained tokens."""
+    runs: list[list[int]] = []
+    for at in np.flatnonzero(tokens.trained).tolist():
+        if not runs or runs[-1][-1] != at - 1:
+            runs.append([])
+        runs[-1].append(at)
+    return [renderer.tokenizer.decode(tokens.ids[run].tolist()) for run in runs]
+
+
+# --------------------------------------------------------------------------------------------------- conversations
+
+
+@pytest.mark.parametrize("sample", [SHORT, LONG])
+def test_bos_stands_once_and_first(renderer: Renderer, sample: Conversation) -> None:
+    ids = encode(renderer, sample).ids
+    assert ids[0] == renderer.bos and (ids == renderer.bos).sum() == 1
+
+
+def test_the_loss_is_on_the_answer_and_its_end_of_turn_alone(renderer: Renderer) -> None:
+    tokens = encode(renderer, SHORT)
+    assert trained_pieces(renderer, tokens) == ["un<end_of_turn>"]
+    whole = "<bos><start_of_turn>user\nTranslate: one<end_of_turn>\n<start_of_turn>model\nun<end_of_turn>\n"
+    assert renderer.tokenizer.decode(tokens.ids.tolist()) == whole
+
+
+def test_every_answer_of_a_conversation_is_trained_and_no_question(renderer: Renderer) -> None:
+    pieces = trained_pieces(renderer, encode(renderer, LONG))
+    assert pieces == ["un<end_of_turn>", "deux é 😀<end_of_turn>", "trois<end_of_turn>"]
+
+
+def test_an_answer_that_repeats_the_prompt_is_found_where_it_stands(renderer: Renderer) -> None:
+    tokens = encode(renderer, talk("one", "one"))
+    assert trained_pieces(renderer, tokens) == ["one<end_of_turn>"]
+    assert tokens.trained[-4:].any() and not tokens.trained[: len(tokens) - 4].any()
+
+
+@pytest.mark.parametrize("sample", [SHORT, LONG, talk("a b", "  padded answer \n")])
+def test_the_prompt_and_the_trained_answer_are_the_whole(renderer: Renderer, sample: Conversation) -> None:
+    """What the model is asked at inference, plus what it is to answer, is token by token what it was trained on."""
+    tokens = encode(renderer, sample)
+    prompt = renderer.tokenizer(renderer.prompt_text(sample), add_special_tokens=False).input_ids
+    templated = renderer.tokenizer.apply_chat_template(
+        list(sample.prompt), add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    assert prompt == templated
+    answer = renderer.tokenizer(sample.answer.strip() + "<end_of_turn>", add_special_tokens=False).input_ids
+    newline = renderer.tokenizer("\n", add_special_tokens=False).input_ids
+    assert tokens.ids.tolist() == prompt + answer + newline
+    last = slice(len(prompt), len(prompt) + len(answer))
+    assert tokens.trained[last].all() and not tokens.trained[last.stop :].any()
+    assert tokens.ids[last].tolist() == answer
+    if sample.prompt == sample.prompt[-1:]:
+        assert not tokens.trained[: len(prompt)].any()
+
+
+def test_samples_of_one_call_do_not_change_each_other(renderer: Renderer) -> None:
+    samples = [SHORT, talk("assistant first?", "x"), Joined("", "plain"), LONG, Joined("a", "b")]
+    for alone, together in zip(samples, renderer.encode(samples), strict=True):
+        assert isinstance(together, Tokens)
+        np.testing.assert_array_equal(encode(renderer, alone).ids, together.ids)
+        np.testing.assert_array_equal(encode(renderer, alone).trained, together.trained)
+
+
+def test_nothing_to_encode_gives_nothing(renderer: Renderer) -> None:
+    assert renderer.encode([]) == []
+
+
+# ------------------------------------------------------------------------------------------------------ plain text
+
+
+def test_plain_text_is_trained_whole_between_bos_and_eos(renderer: Renderer) -> None:
+    tokens = encode(renderer, Joined("", "twenty one"))
+    assert renderer.tokenizer.decode(tokens.ids.tolist()) == "<bos>twenty one<eos>"
+    assert tokens.trained.tolist() == [False] + [True] * (len(tokens) - 1)
+
+
+def test_joined_text_trains_the_answer_and_the_end(renderer: Renderer) -> None:
+    sample = Joined("twenty", " one")
+    tokens = encode(renderer, sample)
+    assert renderer.tokenizer.decode(tokens.ids.tolist()) == "<bos>twenty one<eos>"
+    assert trained_pieces(renderer, tokens) == [" one<eos>"]
+    prompt = renderer.tokenizer(renderer.prompt_text(sample), add_special_tokens=False).input_ids
+    assert prompt == tokens.ids[: len(prompt)].tolist() and tokens.trained[len(prompt) :].all()
+
+
+def test_a_token_across_the_border_of_prompt_and_answer_is_trained(renderer: Renderer) -> None:
+    """Or the first word of every answer would be untrained where the prompt ends with a space."""
+    tokens = encode(renderer, Joined("twenty ", "one"))
+    assert trained_pieces(renderer, tokens) == [" one<eos>"]
+
+
+def test_bos_that_the_text_brings_is_not_doubled(renderer: Renderer) -> None:
+    ids = encode(renderer, Joined("", "<bos>one")).ids
+    assert (ids == renderer.bos).sum() == 1
+
+
+def test_a_tokenizer_without_bos_and_eos_adds_none_and_cannot_train_its_first_token(demo: DemoPaths) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo.base)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokens = encode(Renderer(tokenizer), Joined("", "one two"))
+    assert tokenizer.decode(tokens.ids.tolist()) == "one two"
+    assert not tokens.trained[0] and tokens.trained[1:].all() and len(tokens) > 1
+
+
+# ------------------------------------------------------------------------------------------------------- templates
+
+
+def test_stop_tokens_are_the_end_of_text_and_the_end_of_a_turn(renderer: Renderer, with_template: Any) -> None:
+    end_of_turn = renderer.tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert renderer.stop_ids() == sorted([renderer.tokenizer.eos_token_id, end_of_turn])
+    assert with_template(CHATML).stop_ids() == [renderer.eos]
+    without_end = CHATML.replace("<eos>", "")
+    assert with_template(without_end).stop_ids() == [renderer.eos]  # the answer's last letter is no stop token
+    assert with_template("").stop_ids() == [renderer.eos]
+
+
+def test_a_conversation_that_the_template_refuses_is_rejected_and_its_neighbours_are_not(renderer: Renderer) -> None:
+    refused = Conversation((SHORT.turns[0], *SHORT.turns))
+    before, result, after = renderer.encode([SHORT, refused, LONG])
+    assert isinstance(result, Reject) and result.reason == "refused by the chat template"
+    assert "alternate" in result.detail
+    np.testing.assert_array_equal(encode(renderer, SHORT).ids, before.ids)  # type: ignore[union-attr]
+    np.testing.assert_array_equal(encode(renderer, LONG).ids, after.ids)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("fault", ["{{ 1 + messages[0].content }}", "{{ messages[0].nothing.at_all }}"])
+def test_a_template_that_fails_on_a_row_rejects_the_row(with_template: Any, fault: str) -> None:
+    (result,) = with_template(CHATML + fault).encode([SHORT])
+    assert isinstance(result, Reject) and result.reason == "refused by the chat template"
+
+
+def test_an_answer_that_nothing_precedes_is_rejected(with_template: Any) -> None:
+    (result,) = with_template(CHATML).encode([Conversation(SHORT.turns[1:])])
+    assert isinstance(result, Reject) and result.reason == "refused by the chat template"
+
+
+FORGETS = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else '(gone)' }}")
+
+
+def test_a_template_that_rewrites_earlier_answers_rejects_only_conversations_of_several(with_template: Any) -> None:
+    renderer = with_template(FORGETS)
+    one, several = renderer.encode([SHORT, LONG])
+    assert trained_pieces(renderer, one) == [" un<eos>"]
+    assert isinstance(several, Reject) and "renders a turn differently" in several.detail
+
+
+def test_a_template_whose_generation_prompt_is_not_what_it_renders_is_rejected(with_template: Any) -> None:
+    (result,) = with_template(CHATML.replace("assistant: {% endif", "model: {% endif")).encode([SHORT])
+    assert isinstance(result, Reject) and "no loss mask" in result.detail
+
+
+# --------------------------------------------------------------------------------------------------------- loading
+
+
+def test_a_folder_without_a_tokenizer_is_refused_though_its_config_names_one(demo: DemoPaths, tmp_path: Path) -> None:
+    shutil.copy(Path(demo.base) / "config.json", tmp_path)
+    with pytest.raises(ModelError, match="no usable tokenizer") as caught:
+        load_tokenizer(str(tmp_path))
+    assert str(tmp_path) in str(caught.value) and "tokenizer.json" in str(caught.value)
+
+
+def test_a_damaged_tokenizer_is_refused(demo: DemoPaths, tmp_path: Path) -> None:
+    folder = shutil.copytree(demo.base, tmp_path / "base")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="no usable tokenizer"):
+        load_tokenizer(str(folder))
