@@ -1,13 +1,12 @@
 """How good a run is on held-out rows: loss over all of them, answers to some, scored.
 
-The model answers on Ray Data actors, one per GPU (one in all on CPU). Metrics come from sacrebleu, whose signatures
+The model answers in Ray actors, one per GPU (one in all on CPU). Metrics come from sacrebleu, whose signatures
 make them comparable.
 """
 
 from __future__ import annotations
 
 import math
-import pickle
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -117,20 +116,17 @@ def evaluate(run: str, view: View) -> dict[str, Any]:
 
 
 def _judged(run: str, held_out: Order, work: list[tuple[str, Any]], gpus: int) -> Iterable[tuple[str, Any]]:
-    import ray.data
+    """(kind, result) for every (kind, payload) of the work, in its order."""
+    import ray
+    from ray.util import ActorPool
 
-    items = [{"work": pickle.dumps(item)} for item in work]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
-        _Judge,
-        fn_constructor_args=(run, held_out, gpus > 0),
-        concurrency=max(gpus, 1),
-        num_gpus=1 if gpus else 0,
-        num_cpus=1,
-        max_restarts=0,  # a failed evaluation is repeated by hand; Ray logs an error for every actor that may restart
-    )
-    dataset.context.execution_options.preserve_order = True
-    for row in dataset.iter_rows():
-        yield pickle.loads(row["result"])  # noqa: S301 - written by our own actor in this cluster
+    judge = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Judge)
+    actors = [judge.remote(run, held_out, gpus > 0) for _ in range(min(max(gpus, 1), len(work)))]
+    try:
+        yield from ActorPool(actors).map(lambda actor, item: actor.judge.remote(*item), work)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
 
 
 class _Judge:
@@ -145,10 +141,8 @@ class _Judge:
         self._loss = LossModel(self._model, trained.recipe.train.loss_chunk)
         self._tokenizer = load_tokenizer(trained.base)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        kind, payload = pickle.loads(row["work"])  # noqa: S301 - written by `evaluate` in this cluster
-        result = self._losses(payload) if kind == "loss" else self._answers(payload)
-        return {"result": pickle.dumps((kind, result))}
+    def judge(self, kind: str, payload: Any) -> tuple[str, Any]:
+        return kind, self._losses(payload) if kind == "loss" else self._answers(payload)
 
     @torch.no_grad()
     def _losses(self, part: Any) -> tuple[float, int]:
