@@ -71,6 +71,9 @@ def run(job: Job, layout: Layout, batches_from: BatchesFrom, link: Link) -> int:
     if layout.device.type == "cpu":
         # Without a limit every worker would start as many threads as the machine has cores.
         torch.set_num_threads(max(int(recipe.train.cpus_per_worker), 1))
+    else:
+        torch.cuda.set_device(layout.device)  # NCCL and `torch.cuda` calls without a device mean this one
+    torch.manual_seed(recipe.run.seed)  # dropout, in families that have any
 
     order = job.order
     held_out = Order.once(job.held_out) if job.held_out else None
