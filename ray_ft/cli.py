@@ -36,9 +36,6 @@ def main() -> None:
         for way in error.ways_out:
             console.print(f"  → {escape(way)}")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 @app.callback(invoke_without_command=True)
@@ -57,19 +54,22 @@ def data(
     """Prepare the data and look at what training will see."""
     from ray_ft import inspect, session
     from ray_ft.data import stream
-    from ray_ft.train.launch import prepare_job
+    from ray_ft.data.prepare import check
+    from ray_ft.train.launch import prepare_data
 
     settings, view = recipe.load(path, overrides or ()), View()
     if settings.train.workers == 0:
-        job = prepare_job(settings, view, stream.in_process)
+        job = prepare_data(settings, view, stream.in_process)
     else:
         with session.connected():
-            job = prepare_job(settings, view, stream.spread)
+            job = prepare_data(settings, view, stream.spread)
     if job.train.reused:
         view.line(f"the data is prepared already: {job.train.location}")
-    splits = {"train": job.train, **({"eval": job.held_out} if job.held_out else {})}
-    inspect.show(settings, splits, view.console, examples)
-    view.line(f"next: ray-ft train {path}")
+    if job.train.rows:
+        inspect.show(settings, job.splits, view.console, examples)
+    for split, prepared in job.splits.items():
+        check(prepared, settings, split, prepared.rejects)
+    view.line(f"next: ray-ft train {' '.join([path, *(overrides or ())])}")
 
 
 @app.command()
@@ -84,7 +84,8 @@ def train(path: RecipePath, overrides: Overrides = None) -> None:
         view.line(f"stopped after step {outcome.finished} of {outcome.total}; the same command continues")
         raise typer.Exit(130)
     first = f", first step after {outcome.first_step_seconds:.0f} s" if outcome.first_step_seconds else ""
-    view.line(f"trained {outcome.finished} steps in {outcome.seconds:.0f} s{first}: {run}")
+    if outcome.taken:
+        view.line(f"trained {outcome.taken} steps in {outcome.seconds:.0f} s{first}: {run}")
     view.line(f"next: ray-ft evaluate {run}" if settings.data.eval else f"next: ray-ft export {run}")
 
 
@@ -95,11 +96,12 @@ def evaluate(run: RunPath) -> None:
 
     view = View()
     report = evaluation.evaluate(run, view)
-    view.line(
-        f"step {report['step']}: loss {report['loss']:.4f}, perplexity {report['perplexity']:.3f}; "
-        f"{report['rows']} answers: exact match {report['exact_match']:.3f}, chrF {report['chrf']:.1f}, "
-        f"BLEU {report['bleu']:.1f}"
-    )
+    view.line(f"step {report['step']}: loss {report['loss']:.4f}, perplexity {report['perplexity']:.3f}")
+    if report["rows"]:
+        view.line(
+            f"{report['rows']} answers: exact match {report['exact_match']:.3f}, chrF {report['chrf']:.1f}, "
+            f"BLEU {report['bleu']:.1f}"
+        )
     for example in report["worst"][:2]:
         view.line(f"  worst: {_short(example['answer'])!r} for {_short(example['reference'])!r} ({example['origin']})")
     view.line(f"next: ray-ft export {run}")
@@ -121,7 +123,7 @@ def export(
     view.line(
         f"exported step {manifest.content['step']} ({manifest.model['bytes'] / 2**20:.1f} MiB): {manifest.folder}"
     )
-    view.line(f"next: ray-ft serve {run}")
+    view.line(f"next: ray-ft serve {to or run}")
 
 
 @app.command()

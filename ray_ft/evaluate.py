@@ -16,11 +16,10 @@ import numpy as np
 import torch
 
 from ray_ft import paths, session
-from ray_ft.data import pack, sources, stream
+from ray_ft.data import pack, sources
 from ray_ft.data.order import Order
-from ray_ft.data.prepare import prepare
 from ray_ft.data.render import Renderer, load_tokenizer
-from ray_ft.data.rows import Conversation, Sample, columns_used, to_sample
+from ray_ft.data.rows import Conversation, Joined, Sample, columns_used, to_sample
 from ray_ft.errors import DataError
 from ray_ft.model.loss import LossModel
 from ray_ft.recipe import Recipe
@@ -45,6 +44,8 @@ class Question:
 
 def held_out_questions(recipe: Recipe, count: int) -> list[Question]:
     """A seeded sample of the usable held-out rows, in their order; the same for everyone who asks.
+
+    Plain text asks nothing, so its rows are not among them.
 
     Raises:
         DataError: the recipe names no held-out data.
@@ -72,7 +73,7 @@ def _questions(recipe: Recipe) -> Iterable[Question]:
                 for row in sources.read_rows(chunk, columns_used(source)):
                     line = row.line
                     sample = to_sample(source, row.content) if isinstance(row.content, dict) else None
-                    if isinstance(sample, Sample):
+                    if isinstance(sample, Conversation) or (isinstance(sample, Joined) and sample.prompt):
                         yield Question(f"{file.uri}:{before + line}", sample)
                 before += line if file.kind == "jsonl" else 0
 
@@ -98,15 +99,19 @@ def evaluate(run: str, view: View) -> dict[str, Any]:
     trained = Trained.of(run)
     recipe = trained.recipe
     questions = held_out_questions(recipe, recipe.evaluate.max_rows)
+    prepared = trained.prepared("eval")
+    if prepared is None:
+        raise DataError("the run was trained without data.eval", ["train again with it: the same command continues"])
+    held_out = Order.once(prepared)
     with session.connected():
-        gpus = session.gpus() if recipe.train.device != "cpu" else 0
-        held_out = Order.once(prepare(recipe, "eval", trained.base, stream.spread))
+        # No more than the run itself had: the cluster may be others' too.
+        gpus = min(session.gpus(), recipe.train.world_size) if recipe.train.device != "cpu" else 0
         work: list[tuple[str, Any]] = [("loss", part) for part in held_out.slices(0, held_out.rows)]
         size = recipe.evaluate.batch_size
         work += [("answer", questions[at : at + size]) for at in range(0, len(questions), size)]
         loss, tokens, answers = 0.0, 0, []
         with view.progress("evaluating") as progress:
-            for done, (kind, result) in enumerate(_judged(run, held_out, work, gpus), start=1):
+            for done, (kind, result) in enumerate(_judged(trained.run.root, held_out, work, gpus), start=1):
                 if kind == "loss":
                     loss, tokens = loss + result[0], tokens + result[1]
                 else:
@@ -133,15 +138,25 @@ class _Judge:
     """An actor that holds the trained model and does one piece of evaluation at a time."""
 
     def __init__(self, run: str, held_out: Order, cuda: bool) -> None:
-        trained = Trained.of(run)
-        self._settings, self._held_out = trained.recipe, held_out
+        self._run, self._held_out = run, held_out
         self._device = torch.device("cuda" if cuda else "cpu")
+        self._model: Any = None
+
+    def _load(self) -> None:
+        # Not when the actor is made: Ray reports an error there without its class.
+        trained = Trained.of(self._run)
+        self._settings = trained.recipe
+        cuda = self._device.type == "cuda"
         lowered = trained.recipe.model.dtype == "bfloat16" or (cuda and trained.recipe.model.dtype == "auto")
         self._model = trained.model(self._device, torch.bfloat16 if lowered else torch.float32)
         self._loss = LossModel(self._model, trained.recipe.train.loss_chunk)
         self._tokenizer = load_tokenizer(trained.base)
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token  # only fills up a batch; the attention mask hides it
 
     def judge(self, kind: str, payload: Any) -> tuple[str, Any]:
+        if self._model is None:
+            self._load()
         return kind, self._losses(payload) if kind == "loss" else self._answers(payload)
 
     @torch.no_grad()
@@ -174,7 +189,7 @@ class _Judge:
 def _report(trained: Trained, questions: list[Question], answers: list[str], loss: float, rows: int) -> dict[str, Any]:
     import sacrebleu
 
-    scores = score(answers, [q.reference for q in questions])
+    scores = score(answers, [q.reference for q in questions]) if questions else {"rows": 0}
     each: list[dict[str, Any]] = [
         {
             "origin": question.origin,

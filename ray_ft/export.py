@@ -20,9 +20,7 @@ import torch
 
 from ray_ft import __version__, paths
 from ray_ft.data.order import Order
-from ray_ft.data.prepare import prepare
 from ray_ft.data.render import Renderer, load_tokenizer
-from ray_ft.data.stream import in_process
 from ray_ft.errors import ExportError
 from ray_ft.model import load
 from ray_ft.model.loss import LossModel
@@ -48,6 +46,11 @@ def export(run: str, view: View, to: str | None = None) -> Manifest:
     """
     trained = Trained.of(run)
     target = paths.absolute(to) if to else trained.run.export
+    if paths.list_dir(target) and not paths.exists(paths.join(target, MANIFEST)):
+        raise ExportError(
+            f"{target} holds files that are no export of ours; they would be replaced",
+            ["name a folder that is new, empty, or an earlier export: --to DIR"],
+        )
     scratch = None if paths.is_uri(target) else str(Path(target).parent)
     if scratch:
         os.makedirs(scratch, exist_ok=True)
@@ -69,7 +72,11 @@ def export(run: str, view: View, to: str | None = None) -> Manifest:
 def _publish(folder: str, target: str) -> None:
     os.chmod(folder, 0o755)  # noqa: S103 - mkdtemp makes it private, which a serving user could not read
     if not paths.is_uri(target):
-        paths.move(folder, target)
+        before = f"{folder}.before"  # the earlier export, kept until the new one stands
+        if os.path.isdir(target):
+            os.rename(target, before)
+        os.rename(folder, target)
+        shutil.rmtree(before, ignore_errors=True)
         return
     # An object store has no rename: the manifest, without which nothing is served, goes last.
     manifest = Path(folder, MANIFEST).read_bytes()
@@ -140,7 +147,7 @@ def _describe(trained: Trained, folder: str) -> dict[str, Any]:
     if paths.exists(trained.run.evaluation):
         report = paths.read_json(trained.run.evaluation)
         if report["step"] == trained.found.step:
-            metrics |= {key: report[key] for key in ("perplexity", "exact_match", "chrf", "bleu")}
+            metrics |= {key: report[key] for key in ("perplexity", "exact_match", "chrf", "bleu") if key in report}
             metrics["eval_loss"] = report["loss"]
     return {
         "format": MANIFEST_FORMAT,
@@ -179,9 +186,9 @@ def _prove(trained: Trained, folder: str, view: View) -> dict[str, Any]:
     config = load.load_config(trained.base)
     dtype = load.stored_dtype(config)
     recipe = trained.recipe
-    split: Any = "eval" if recipe.data.eval else "train"
-    order = Order.once(prepare(recipe, split, trained.base, in_process))
-    row = next(order.slices(0, 1)).read(order.prepared)
+    prepared = trained.prepared("eval") or trained.prepared("train")
+    assert prepared is not None
+    row = next(Order.once(prepared).slices(0, 1)).read(prepared)
     ids, positions, labels = tensors(row, torch.device("cpu"))
 
     expected_model = trained.model(torch.device("cpu"), dtype)

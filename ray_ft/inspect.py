@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.text import Text
 from ray_ft import paths
 from ray_ft.data import pack
 from ray_ft.data.order import Order
-from ray_ft.data.prepare import Prepared
+from ray_ft.data.prepare import Prepared, Split
 from ray_ft.data.render import load_tokenizer
 from ray_ft.recipe import Recipe
 from ray_ft.train.schedule import total_steps
@@ -22,7 +22,7 @@ BAR = 30  # characters of the longest bar in the histogram
 TRAINED_STYLE = "bold green"
 
 
-def show(recipe: Recipe, splits: dict[str, Prepared], console: Console, examples: int) -> None:
+def show(recipe: Recipe, splits: Mapping[Split, Prepared], console: Console, examples: int) -> None:
     """Print the prepared data of a recipe.
 
     Args:
@@ -50,7 +50,7 @@ def show(recipe: Recipe, splits: dict[str, Prepared], console: Console, examples
             console.print(text)
 
 
-def _table(splits: dict[str, Prepared]) -> Table:
+def _table(splits: Mapping[Split, Prepared]) -> Table:
     table = Table(box=None, pad_edge=False)
     columns = ("", "rows in", "used", "rejected", "truncated", "tokens", "trained", "packed rows", "real tokens")
     for column in columns:

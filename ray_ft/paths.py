@@ -7,10 +7,13 @@ imports torch or ray, so that serving and the command line can read a run withou
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import fnmatch
 import hashlib
 import json
 import os
 import posixpath
+import re
 import shutil
 import tempfile
 import uuid
@@ -26,6 +29,7 @@ from ray_ft.errors import ModelError, ServeError, StorageError
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
 
 def is_uri(location: str) -> bool:
@@ -37,8 +41,37 @@ def absolute(location: str) -> str:
     return location if is_uri(location) else os.path.abspath(os.path.expanduser(location))
 
 
+def split_query(location: str) -> tuple[str, str]:
+    """What stands before the query of a URI, and the query with its question mark; "" where there is none.
+
+    A question mark is also a glob sign; it begins a query where `name=` follows, and in http, which has no globs.
+    """
+    if is_uri(location):
+        found = re.search(r"\?" if location.startswith(("http://", "https://")) else r"\?(?=[\w.-]+=)", location)
+        if found:
+            return location[: found.start()], location[found.start() :]
+    return location, ""
+
+
 def join(location: str, *parts: str) -> str:
-    return posixpath.join(location, *parts)
+    """A place below a location; a URI keeps its query, which says how the storage is reached, at the end."""
+    head, query = split_query(location)
+    return posixpath.join(head, *parts) + query
+
+
+def add_suffix(location: str, suffix: str) -> str:
+    """A place beside a location, whose name goes on with `suffix`; a URI keeps its query at the end."""
+    head, query = split_query(location)
+    return head + suffix + query
+
+
+def parent(location: str) -> str:
+    head, query = split_query(location)
+    return head.rpartition("/")[0] + query
+
+
+def base_name(location: str) -> str:
+    return split_query(location)[0].rpartition("/")[2]
 
 
 def filesystem(location: str) -> tuple[pafs.FileSystem, str]:
@@ -155,29 +188,48 @@ def upload_dir(folder: str | Path, location: str) -> None:
     pafs.copy_files(str(folder), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
 
 
-def local_copy(location: str, cache: str | Path | None = None) -> str:
+def local_copy(location: str, cache: str | Path | None = None, *, leave_out: tuple[str, ...] = ()) -> str:
     """A local folder with the content of `location`: itself when local, else a download kept per machine and content.
 
-    Two processes may ask at once; each downloads beside and the first rename wins.
+    Processes of one machine may ask at once: one downloads, the others wait for it.
+
+    Args:
+        leave_out: patterns of file names that are not downloaded.
     """
     fs, path = filesystem(location)
     if isinstance(fs, pafs.LocalFileSystem):
         return path
     infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
-    stamp = sorted((i.path, i.size, i.mtime_ns) for i in infos if i.type == pafs.FileType.File)
+    infos = [i for i in infos if i.type == pafs.FileType.File]
+    wanted = [i for i in infos if not any(fnmatch.fnmatchcase(i.base_name, pattern) for pattern in leave_out)]
+    # Of what is copied alone: copies that leave different files out lie apart.
+    stamp = sorted((i.path, i.size, i.mtime_ns) for i in wanted)
     key = hashlib.sha256(repr((location, stamp)).encode()).hexdigest()[:16]
     root = Path(cache or os.environ.get("RAY_FT_CACHE") or Path.home() / ".cache" / "ray_ft")
     target = root / key
-    if not target.exists():
-        root.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        return str(target)
+    root.mkdir(parents=True, exist_ok=True)
+    with open(f"{target}.lock", "w") as lock:  # stays: whoever deleted it would unlock those that wait for it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return str(target)
         beside = tempfile.mkdtemp(dir=root)
-        pafs.copy_files(path, beside, source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
+        to_local: dict[str, Any] = {"source_filesystem": fs, "destination_filesystem": pafs.LocalFileSystem()}
         try:
+            if len(wanted) == len(infos):
+                pafs.copy_files(path, beside, **to_local)
+            else:
+                for info in wanted:
+                    file = Path(beside, posixpath.relpath(info.path, path))
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    pafs.copy_files(info.path, str(file), **to_local)
             os.rename(beside, target)
         except OSError:
-            if not target.exists():
+            if not target.exists():  # from another machine, where a shared cache does not share its locks
                 raise
-            shutil.rmtree(beside)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
     return str(target)
 
 
@@ -321,7 +373,7 @@ class Appender:
 
     def __enter__(self) -> Appender:
         self._fs.create_dir(posixpath.dirname(self._path), recursive=True)
-        self._partial = f"{self._location}.{uuid.uuid4().hex[:8]}.partial"
+        self._partial = add_suffix(self._location, f".{uuid.uuid4().hex[:8]}.partial")
         _, path = filesystem(self._partial)
         self._stream = self._fs.open_output_stream(path, compression=None)
         return self
@@ -342,14 +394,14 @@ def model_folder(location: str, *, weights: bool = True) -> str:
     """A local folder of a model: of a local path, of a URI (downloaded once per machine), or of a hub id.
 
     Args:
-        weights: False fetches only config, tokenizer and template from a hub.
+        weights: False fetches only what is small: config, tokenizer and template.
 
     Raises:
         ModelError: there is no such folder, and the hub has no such model or cannot be reached.
     """
     if is_uri(location):
         try:
-            return local_copy(location)
+            return local_copy(location, leave_out=() if weights else WEIGHTS)
         except (OSError, pa.ArrowException) as error:
             raise ModelError(
                 f"model.path {location!r} cannot be copied here: {error}",

@@ -53,7 +53,7 @@ class Run(Section):
 
 class Model(Section):
     path: str
-    """Hugging Face model: a local folder, a URI, or a hub id such as google/gemma-3-27b-it."""
+    """Hugging Face model: a local folder, a URI, or a hub id such as google/gemma-3-1b-it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the computation; auto: bfloat16 on GPU, float32 on CPU. Trained weights are kept in float32."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
@@ -203,7 +203,7 @@ class Data(Section):
     long_rows: Literal["drop", "truncate"] = "drop"
     """What becomes of a sample longer than seq_len; counted either way."""
     max_bad_rows: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Share of rejected rows above which the run is refused."""
+    """Share of faulty rows above which the run is refused; rows that are merely too long do not count."""
     shuffle: bool = True
     """Shuffle rows anew in each epoch; false: rows in the order in which they were prepared."""
     shuffle_window: Annotated[int, Field(ge=1)] = 8_000_000
@@ -249,7 +249,7 @@ class Train(Section):
     strategy: Literal["fsdp", "none"] = "fsdp"
     """fsdp: parameters, gradients and optimizer sharded over the workers (FSDP2); none: replicated on each."""
     workers: Annotated[int, Field(ge=0)] = 1
-    """Ray Train workers, one device each; 0: in this process, without Ray, for a debugger."""
+    """Ray Train workers, one device each; 0: in this process, without Ray and without sharding, for a debugger."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where the cluster has GPUs."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
@@ -372,6 +372,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"no recipe at {path!r}", _nearby_recipes(path))
     try:
         content = yaml.load(paths.read_text(path), _Loader)  # noqa: S506 - a SafeLoader
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}", ["give the path of a YAML file in UTF-8"]) from error
     except yaml.YAMLError as error:
         raise RecipeError(
             f"{path} is not valid YAML: {error}", ["indent with spaces; quote values that hold ': '"]

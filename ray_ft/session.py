@@ -42,14 +42,14 @@ def connected(workers: int = 0, cpus_per_worker: float = 0, gpus_per_worker: int
     import ray
 
     if ray.is_initialized():  # the caller's own connection, which stays
-        _check(workers, cpus_per_worker, gpus_per_worker)
+        check(workers, cpus_per_worker, gpus_per_worker)
         yield
         return
     if not address():
         _check_machine(workers, cpus_per_worker)
     with ray_running(address(), OBJECT_STORE_BYTES):
         _quiet_data()
-        _check(workers, cpus_per_worker, gpus_per_worker)
+        check(workers, cpus_per_worker, gpus_per_worker)
         yield
 
 
@@ -152,15 +152,23 @@ def _check_machine(workers: int, cpus_per_worker: float) -> None:
         )
 
 
-def _check(workers: int, cpus_per_worker: float, gpus_per_worker: int) -> None:
+def check(workers: int, cpus_per_worker: float, gpus_per_worker: int) -> None:
+    """Refuse workers that the connected cluster, as it is now, cannot place.
+
+    Raises:
+        ResourceError: naming what lacks.
+    """
     import ray
 
     have = ray.cluster_resources()
     for name, each, setting in (("GPU", gpus_per_worker, ""), ("CPU", cpus_per_worker, " × train.cpus_per_worker")):
         there = have.get(name, 0)
-        if workers * each > there:
+        # The tasks that read rows need a CPU beside those that workers hold, or the workers wait for them for ever.
+        data = SPARE_CPUS if name == "CPU" and workers else 0
+        if workers * each + data > there:
+            extra = f" and {data} more for reading data" if data else ""
             raise ResourceError(
-                f"train.workers = {workers}{setting} need {workers * each:g} {name}s; the cluster has {there:g}",
+                f"train.workers = {workers}{setting} need {workers * each:g} {name}s{extra}; the cluster has {there:g}",
                 ["fewer train.workers", "add nodes to the cluster"] + (["train.device=cpu"] if name == "GPU" else []),
             )
 

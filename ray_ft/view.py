@@ -50,8 +50,9 @@ class View:
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
     @contextlib.contextmanager
-    def training(self, total: int, start: int = 0) -> Iterator[TrainingPanel]:
-        panel = TrainingPanel(self.console, total, start)
+    def training(self, total: int, start: int = 0, *, plain: bool = False) -> Iterator[TrainingPanel]:
+        """The metrics of a run; `plain`: lines, also on a terminal."""
+        panel = TrainingPanel(self.console, total, start, live=self.console.is_terminal and not plain)
         with panel.shown():
             yield panel
 
@@ -59,8 +60,8 @@ class View:
 class TrainingPanel:
     """The state of one training run, from rows of metrics."""
 
-    def __init__(self, console: Console, total: int, start: int) -> None:
-        self._console, self._total = console, total
+    def __init__(self, console: Console, total: int, start: int, live: bool) -> None:
+        self._console, self._total, self._shows_live = console, total, live
         self._latest: dict[str, float] = {}
         self._bar = _bar(console)
         self._task = self._bar.add_task("step", total=total, completed=start)
@@ -70,7 +71,7 @@ class TrainingPanel:
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
-        if not self._console.is_terminal:
+        if not self._shows_live:
             yield
             return
         with Live(self._render(), console=self._console, refresh_per_second=4) as self._live:

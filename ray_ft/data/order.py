@@ -109,10 +109,12 @@ class Order:
         if self.shuffle:
             units = tuple(units[i] for i in np.random.default_rng((self.seed, epoch)).permutation(len(units)))
         window: list[Unit] = []
+        rows = 0  # of the window; summed anew for each unit, the time would grow with its square
         for unit in units:
-            if window and sum(u.rows for u in window) + unit.rows > self.window_rows:
+            if window and rows + unit.rows > self.window_rows:
                 yield tuple(window)
-                window = []
+                window, rows = [], 0
             window.append(unit)
+            rows += unit.rows
         if window:
             yield tuple(window)

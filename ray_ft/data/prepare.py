@@ -139,6 +139,16 @@ class Prepared:
         file, before = self.origins[unit.shard]
         return [f"{file}:{before + line}" for line in group.column("lines")[row].as_py()]
 
+    def summary(self) -> str:
+        """What became of the rows, in a line."""
+        c = self.counts
+        long = c.rejected[TOO_LONG]
+        parts = [f"{c.rows:,} rows", f"{c.rejected.total() - long:,} rejected"]
+        parts += [f"{long:,} over {self.seq_len} tokens left out"] * bool(long) + [f"{c.truncated:,} cut"] * bool(
+            c.truncated
+        )
+        return ", ".join([*parts, f"{c.packed:,} packed rows, {self.non_pad_share:.1%} of them real tokens"])
+
     def stats(self) -> dict[str, Any]:
         """What `data/stats.json` of a run says."""
         return {
@@ -187,14 +197,14 @@ def prepare(
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
     location = paths.join(recipe.run.storage, "_prepared", key)
-    prepared = _load(location, reused=True)
+    prepared = load(location, reused=True)
     if prepared is None:
         # Other nodes resolve the model themselves: a hub id or a URI is not where this node has put it.
         model = model_folder if os.path.isdir(recipe.model.path) else recipe.model.path
         work = _Work(location, model, tuple(wanted), recipe.data.seq_len, recipe.data.packing, recipe.data.long_rows)
         chunks = [chunk for number, file in files for chunk in sources.chunks_of(file, number)]
         _run(work, chunks, spread, on_progress)
-        prepared = _load(location, reused=False)
+        prepared = load(location)
         assert prepared is not None
     return prepared
 
@@ -356,7 +366,7 @@ class _ShardWriter:
     def __init__(self, location: str, seq_len: int) -> None:
         self.groups: list[int] = []
         self._location, self._seq_len = location, seq_len
-        self._partial = f"{location}.{uuid.uuid4().hex[:8]}.partial"
+        self._partial = paths.add_suffix(location, f".{uuid.uuid4().hex[:8]}.partial")
         self._schema = pa.schema(
             [
                 ("input_ids", pa.list_(pa.int32(), seq_len)),
@@ -419,7 +429,8 @@ def _run(work: _Work, chunks: list[Chunk], spread: Spread, on_progress: Callable
     )
 
 
-def _load(location: str, reused: bool) -> Prepared | None:
+def load(location: str, reused: bool = False) -> Prepared | None:
+    """What was prepared at a location; None where nothing complete lies."""
     stats = paths.join(location, "stats.json")
     if not paths.exists(stats):
         return None

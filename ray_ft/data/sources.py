@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, Literal
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -84,7 +85,7 @@ def find_files(source: Source) -> list[File]:
     """The files of a source, sorted by name within each of its paths.
 
     Raises:
-        DataError: a path matches nothing, a file is of no known kind, or two paths name the same one.
+        DataError: a path matches nothing, a file is of no known kind or size, or two paths name the same one.
     """
     files: list[File] = []
     for location in source.path:
@@ -107,39 +108,61 @@ def find_files(source: Source) -> list[File]:
 
 
 def _match(location: str) -> list[File]:
+    base, pattern, query = _split_glob(location)
+    local = not paths.is_uri(location) or location.startswith("file://")
     try:
-        fs, path = paths.filesystem(location)
-        if any(sign in path for sign in "*?["):
-            parent = posixpath.dirname(path)
-            while any(sign in parent for sign in "*?["):
-                parent = posixpath.dirname(parent)
-            selector = pafs.FileSelector(parent, recursive=True, allow_not_found=True)
-            infos = [i for i in fs.get_file_info(selector) if _glob_match(i.path, path)]
+        fs, path = paths.filesystem(base + query)
+        # pyarrow's own filesystems undo the percent signs of a URI; fsspec takes it literally.
+        escaped = paths.is_uri(location) and not isinstance(fs, pafs.PyFileSystem)
+
+        def inner(info: pafs.FileInfo) -> str:
+            return info.path.removeprefix(path).lstrip("/")
+
+        if pattern:
+            wanted = unquote(pattern) if escaped else pattern
+            infos = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+            infos = [i for i in infos if _glob_match(inner(i), wanted)]
         else:
             info = fs.get_file_info(path)
+            if info.type == pafs.FileType.File:
+                return [_file(info.path if local else location, base, info)]
+            infos = []
             if info.type == pafs.FileType.Directory:
-                infos = list(fs.get_file_info(pafs.FileSelector(path, recursive=True)))
-                infos = [i for i in infos if _kind(i.path)[0] and not _hidden(i.path[len(path) :])]
-            else:
-                infos = [info] if info.type == pafs.FileType.File else []
+                infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
+                infos = [i for i in infos if _kind(i.path)[0] and not _hidden(inner(i))]
     except (OSError, pa.ArrowException) as error:
         raise StorageError(
             f"cannot list data path {location!r}: {error}", ["check the URI and its credentials"]
         ) from error
-    # A path that the filesystem reports lacks its scheme; give it back, so that any node can open the URI.
-    scheme = location[: location.index("://") + 3] if paths.is_uri(location) else ""
-    if scheme == "file://":
-        scheme = ""
     files = []
     for info in sorted((i for i in infos if i.type == pafs.FileType.File), key=lambda i: i.path):
-        kind, compression = _kind(info.path)
-        if kind is None:
-            raise DataError(
-                f"{scheme}{info.path} is of no known kind",
-                [f"name it {', '.join(JSONL_SUFFIXES)} (also .gz, .zst) or .parquet", "narrow the glob"],
-            )
-        files.append(File(scheme + info.path, kind, compression, info.size or 0, f"{info.size}-{info.mtime_ns}"))
+        name = quote(inner(info), safe="/!$&'()+,;=:@") if escaped else inner(info)
+        # A path that the filesystem reports lacks host, credentials and query: only with these can any node open it.
+        files.append(_file(info.path if local else paths.join(base + query, name), info.path, info))
     return files
+
+
+def _file(uri: str, name: str, info: pafs.FileInfo) -> File:
+    kind, compression = _kind(name)
+    if kind is None:
+        raise DataError(
+            f"{uri} is of no known kind",
+            [f"name it {', '.join(JSONL_SUFFIXES)} (also .gz, .zst) or .parquet", "narrow the glob"],
+        )
+    if info.size is None:  # it would pass for an empty file
+        raise DataError(f"the size of {uri} is not known: its server does not say it", ["copy it to another storage"])
+    return File(uri, kind, compression, info.size, f"{info.size}-{info.mtime_ns}")
+
+
+def _split_glob(location: str) -> tuple[str, str, str]:
+    """(folder, pattern below it, query of the URI); without a glob sign, the location is all in the first."""
+    head, query = paths.split_query(location)
+    root = head[: head.index("://") + 3] if paths.is_uri(head) else ""
+    if head.startswith("/", len(root)):
+        root += "/"
+    parts = head[len(root) :].split("/")
+    first = next((n for n, part in enumerate(parts) if any(sign in part for sign in "*?[")), len(parts))
+    return root + "/".join(parts[:first]), "/".join(parts[first:]), query
 
 
 def _glob_match(path: str, pattern: str) -> bool:
@@ -202,6 +225,9 @@ def read_rows(chunk: Chunk, columns: set[str] | None = None) -> Iterator[Row]:
 
     Args:
         columns: all that is read of a Parquet file; None: everything.
+
+    Raises:
+        DataError: a Parquet or compressed file is damaged or cut short.
     """
     if chunk.file.kind == "parquet":
         yield from _parquet_rows(chunk, columns)
@@ -252,18 +278,24 @@ def _type_name(value: Any) -> str:
 
 
 def _lines(chunk: Chunk) -> Iterator[bytes | Reject]:
-    """Lines that begin in the chunk, without their line ends; a Reject in place of one that cannot be read."""
+    """Lines that begin in the chunk, without their line ends; a Reject in place of one that cannot be read.
+
+    Raises:
+        DataError: a compressed file that breaks off or is damaged.
+    """
     fs, path = paths.filesystem(chunk.file.uri)
     with fs.open_input_file(path) as raw:
         if chunk.file.compression:
-            if not chunk.file.size:  # nothing, compressed, is some bytes
-                yield Reject(f"corrupt {chunk.file.compression}", "the file is empty")
-                return
+            number = 0
             try:
-                for number, (_, line) in enumerate(_split(_decompress(raw, chunk.file.compression))):
-                    yield _without_bom(line) if number == 0 else line
+                if not chunk.file.size:  # nothing, compressed, is some bytes
+                    raise EOFError("the file is empty")
+                for _, line in _split(_decompress(raw, chunk.file.compression)):
+                    yield line if number else _without_bom(line)
+                    number += 1
             except _corrupt_stream() as error:
-                yield Reject(f"corrupt {chunk.file.compression}", f"the rest of the file is lost: {error}")
+                # Not a reject: it would count as one bad row, however many the lost rest held.
+                raise _broken(chunk.file, number, error) from error
             return
         position = chunk.start
         reader = io.BufferedReader(_Raw(raw), buffer_size=1 << 20)
@@ -293,6 +325,14 @@ def _split(reader: IO[bytes]) -> Iterator[tuple[int, bytes | Reject]]:
 
 def _without_bom(line: bytes | Reject) -> bytes | Reject:
     return line.removeprefix(codecs.BOM_UTF8) if isinstance(line, bytes) else line
+
+
+def _broken(file: File, line: int, error: Exception) -> DataError:
+    return DataError(
+        f"{file.uri} ({file.size} bytes) is not a readable {file.compression} file: it breaks after line {line}: "
+        f"{error}",
+        ["copy it again, if the original is whole", "write it again, or take it out of data.train / data.eval"],
+    )
 
 
 def _corrupt_stream() -> tuple[type[Exception], ...]:

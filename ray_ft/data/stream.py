@@ -17,7 +17,7 @@ import numpy as np
 
 from ray_ft.data.order import Order, Slice
 from ray_ft.data.pack import Rows
-from ray_ft.errors import TrainingError
+from ray_ft.errors import RayFtError, TrainingError
 
 if TYPE_CHECKING:
     import ray.data
@@ -45,14 +45,21 @@ def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any
     import ray.data
 
     def run(row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": pickle.dumps(function(pickle.loads(row["item"])))}  # noqa: S301 - written below
+        try:
+            result = function(pickle.loads(row["item"]))  # noqa: S301 - written below
+        except RayFtError as error:  # Ray Data would wrap it beyond recognition
+            result = error
+        return {"result": pickle.dumps(result)}
 
     # Opaque bytes both ways: Arrow would otherwise guess a schema for nested results, task by task.
     rows = [{"item": pickle.dumps(item)} for item in items]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(run, num_cpus=1)
     dataset.context.execution_options.preserve_order = True
     for row in dataset.iter_rows():
-        yield pickle.loads(row["result"])  # noqa: S301 - written by `run`, in this cluster
+        result = pickle.loads(row["result"])  # noqa: S301 - written by `run`, in this cluster
+        if isinstance(result, RayFtError):
+            raise result
+        yield result
 
 
 def training_dataset(order: Order, start: int, stop: int, rows_per_block: int) -> ray.data.Dataset:

@@ -31,11 +31,12 @@ def load_config(folder: str) -> PretrainedConfig:
     Raises:
         ModelError: config.json is missing, broken, or of a family that transformers does not know.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ModelError(
             f"model.path {folder!r} has no usable config.json: {str(error).splitlines()[0]}",
             ["name the folder that holds config.json, the tokenizer and *.safetensors"],
@@ -43,9 +44,19 @@ def load_config(folder: str) -> PretrainedConfig:
 
 
 def build(config: PretrainedConfig, attention: str = "auto", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model on the meta device: shapes and names, no memory."""
+    """The model on the meta device: shapes and names, no memory.
+
+    Raises:
+        ModelError: it is more than a language model.
+    """
     from transformers import AutoModelForCausalLM
 
+    if config.get_text_config() is not config:
+        raise ModelError(
+            f"model_type {config.model_type!r} is a language model with other parts (such as a vision tower), "
+            "which are not trained yet",
+            ["name a text model, such as google/gemma-3-1b-it", "or save the language model alone in a folder"],
+        )
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation="sdpa" if attention == "auto" else attention

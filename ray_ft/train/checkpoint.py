@@ -65,14 +65,14 @@ def newest(folder: str, on_broken: Any = None) -> Found | None:
             return Found(location, step, _verify(location))
         except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if on_broken is not None:
-                aside = _free(f"{location}.broken")
+                aside = _free(paths.add_suffix(location, ".broken"))
                 paths.move(location, aside)
                 on_broken(aside, str(error))
     return None
 
 
 def _free(location: str) -> str:
-    names = itertools.chain([location], (f"{location}-{number}" for number in itertools.count(2)))
+    names = itertools.chain([location], (paths.add_suffix(location, f"-{number}") for number in itertools.count(2)))
     return next(candidate for candidate in names if not paths.exists(candidate))
 
 
@@ -112,11 +112,11 @@ def save(folder: str, step: int, tensors: dict[str, Any], state: dict[str, Any],
     return location
 
 
-def restore(location: str, tensors: dict[str, Any], world: int) -> None:
+def restore(location: str, tensors: dict[str, Any], world: int, *, partial: bool = False) -> None:
     """Fill tensors from a checkpoint in place, whatever the number of workers that wrote it.
 
     Of a top-level section that is asked for ("model", "optim"), all of it has to be: a trained parameter left out would
-    silently be the base's again.
+    silently be the base's again. With `partial` the caller sees to that.
 
     Raises:
         CheckpointError: it lacks one of them or has one more, or one has another shape.
@@ -124,7 +124,8 @@ def restore(location: str, tensors: dict[str, Any], world: int) -> None:
     try:
         wanted = set(_leaves(tensors))
         stored = {name for name in read_metadata(location) if name.partition(".")[0] in tensors}
-        for what, names in (("it lacks", wanted - stored), ("it also holds", stored - wanted)):
+        more = set() if partial else stored - wanted
+        for what, names in (("it lacks", wanted - stored), ("it also holds", more)):
             if names:
                 raise ValueError(
                     f"{what} {', '.join(sorted(names)[:3])}{f' … ({len(names)})' if len(names) > 3 else ''}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,10 +25,11 @@ from ray_ft.view import View
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: steps finished of `total`; seconds from the command to the end, and to the first step."""
+    """How a run ended: steps finished of `total`, of which `taken` now; seconds to the end and to the first step."""
 
     finished: int
     total: int
+    taken: int
     seconds: float
     first_step_seconds: float | None
 
@@ -44,13 +45,12 @@ def train(recipe: Recipe, view: View) -> Outcome:
         RayFtError: of the kind that says what is wrong: storage, resources, data, model, checkpoint or training.
     """
     began = time.monotonic()
-    run = recipe.run.dir
-    paths.probe_writable(run.root)
-    gpus = 1 if recipe.train.device == "cuda" else 0
     if recipe.train.workers == 0:
         job = prepare_job(recipe, view, stream.in_process)
         return _Monitor(job, view, began).watch(_in_process)
-    with session.connected(recipe.train.workers, recipe.train.cpus_per_worker, gpus):
+    with session.connected(recipe.train.workers, recipe.train.cpus_per_worker):
+        if _on_gpus(recipe):
+            session.check(recipe.train.workers, recipe.train.cpus_per_worker, 1)
         job = prepare_job(recipe, view, stream.spread)
         return _Monitor(job, view, began).watch(_on_ray)
 
@@ -63,21 +63,29 @@ def prepare_job(recipe: Recipe, view: View, spread: Any) -> worker.Job:
         CheckpointError: the run of this name was trained on other data; nothing of it has been touched.
     """
     run = recipe.run.dir
-    folder = paths.model_folder(recipe.model.path, weights=False)
-    prepared: dict[Split, Prepared] = {}
-    splits: list[Split] = ["train", "eval"] if recipe.data.eval else ["train"]
-    for split in splits:
-        with view.progress(f"preparing {split} data") as progress:
-            prepared[split] = prepare(recipe, split, folder, spread, progress)
-    job = worker.Job(recipe, prepared["train"], prepared.get("eval"))
+    job = prepare_data(recipe, view, spread)
     job.start()
+    prepared = job.splits
     paths.write_json(run.stats, {split: found.stats() for split, found in prepared.items()})
     with paths.Appender(run.rejects) as rejects:
         for found in prepared.values():
             rejects.write(paths.read_bytes(found.rejects))
     for split, found in prepared.items():
         check(found, recipe, split, run.rejects)
+        view.line(f"{split} data{' (prepared before)' if found.reused else ''}: {found.summary()}")
     return job
+
+
+def prepare_data(recipe: Recipe, view: View, spread: Any) -> worker.Job:
+    """Prepare the recipe's data, or find it prepared; the run's directory is not touched."""
+    paths.probe_writable(recipe.run.storage)
+    folder = paths.model_folder(recipe.model.path, weights=False)
+    prepared: dict[Split, Prepared] = {}
+    splits: list[Split] = ["train", "eval"] if recipe.data.eval else ["train"]
+    for split in splits:
+        with view.progress(f"preparing {split} data") as progress:
+            prepared[split] = prepare(recipe, split, folder, spread, progress)
+    return worker.Job(recipe, prepared["train"], prepared.get("eval"))
 
 
 class _Monitor:
@@ -98,7 +106,7 @@ class _Monitor:
         at = found.step if found else 0
         if at >= self._total:
             self._view.line(f"{recipe.run.name} is already trained: {at} of {self._total} steps")
-            return Outcome(at, self._total, time.monotonic() - self._began, None)
+            return Outcome(at, self._total, 0, time.monotonic() - self._began, None)
         if found:
             self._view.line(f"resuming {recipe.run.name} at step {at} of {self._total} from {found.location}")
         self._log = MetricsLog(run, at)
@@ -116,14 +124,17 @@ class _Monitor:
 
         thread = threading.Thread(target=body, name="ray-ft-train", daemon=True)
         try:
-            with self._view.training(self._total, at) as self._panel:
+            # A live panel would draw over a debugger's prompt.
+            with self._view.training(self._total, at, plain=recipe.train.workers == 0) as self._panel:
                 thread.start()
                 self._wait(over)
         finally:
             self._log.close()
+        if failed and recipe.train.workers == 0:
+            raise failed[0]
         if failed:
             raise _as_ours(failed[0], run) from failed[0]
-        return Outcome(done[0], self._total, time.monotonic() - self._began, self._first)
+        return Outcome(done[0], self._total, done[0] - at, time.monotonic() - self._began, self._first)
 
     def _wait(self, over: threading.Event) -> None:
         # Not by joining the thread: Python 3.11 takes one for ended once Ctrl-C has interrupted join().
@@ -140,10 +151,13 @@ class _Monitor:
         """Takes a row of metrics from the workers."""
         if self._first is None:
             self._first = time.monotonic() - self._began
-        self._log.add(row)
         self._panel.update(row)
-        if "checkpoint_seconds" in row:
-            self._log.flush()
+        try:
+            self._log.add(row)
+            if "checkpoint_seconds" in row:
+                self._log.flush()
+        except OSError as error:  # the training itself may still reach its storage; losing it over a log would be worse
+            self._view.line(f"metrics of step {row['step']} could not be written: {error}")
 
     def stop_requested(self) -> bool:
         return self.stopping.is_set()
@@ -184,12 +198,9 @@ def _in_process(job: worker.Job, monitor: _Monitor) -> int:
     cuda = recipe.train.device == "cuda" or (recipe.train.device == "auto" and torch.cuda.is_available())
     if cuda and not torch.cuda.is_available():
         raise ResourceError("train.device = 'cuda', and this machine has no usable GPU", ["train.device=cpu"])
-    if recipe.train.strategy != "none":
-        raise ResourceError(
-            f"train.workers = 0 runs in this process, where {recipe.train.strategy!r} has nothing to shard over",
-            ["train.strategy=none", "train.workers=1"],
-        )
     layout = Layout(0, 1, torch.device("cuda", 0) if cuda else torch.device("cpu"), _dtype(recipe, cuda))
+    alone = recipe.train.model_copy(update={"strategy": "none"})  # there is nobody to share the shards with
+    job = replace(job, recipe=recipe.model_copy(update={"train": alone}))
 
     def batches(order: Order, start: int, total: int) -> Any:
         rows = recipe.train.global_batch
@@ -208,6 +219,10 @@ def _dtype(recipe: Recipe, cuda: bool) -> torch.dtype:
 # ----------------------------------------------------------------------------------------------------------- on Ray
 
 
+def _on_gpus(recipe: Recipe) -> bool:
+    return recipe.train.device == "cuda" or (recipe.train.device == "auto" and session.gpus() > 0)
+
+
 def _on_ray(job: worker.Job, monitor: _Monitor) -> int:
     import ray
     from ray.data import ExecutionOptions
@@ -215,7 +230,7 @@ def _on_ray(job: worker.Job, monitor: _Monitor) -> int:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     recipe = job.recipe
-    cuda = recipe.train.device == "cuda" or (recipe.train.device == "auto" and session.gpus() > 0)
+    cuda = _on_gpus(recipe)
     board = ray.remote(num_cpus=0)(_Board).remote()
     rows, total = recipe.train.global_batch, total_steps(recipe, job.order)
 
@@ -297,9 +312,17 @@ class _BoardLink:
 
     def __init__(self, board: Any) -> None:
         self._board, self._asked = board, board.stopping.remote()
+        self._pushed: Any = None
 
     def log(self, row: dict[str, float]) -> None:
-        self._board.push.remote(row)
+        self._pushed = self._board.push.remote(row)
+
+    def flush(self) -> None:
+        """Wait until the board has the last row."""
+        import ray
+
+        if self._pushed is not None:
+            ray.get(self._pushed)
 
     def stop_requested(self) -> bool:
         import ray
@@ -326,8 +349,10 @@ def _ray_worker(config: dict[str, Any]) -> None:
         shard, settings = ray.train.get_dataset_shard("train"), job.recipe.train
         return stream.batches(shard, order, start * settings.global_batch, rank, world, settings.rows_per_worker)
 
+    link = _BoardLink(config["board"])
     try:
-        finished = worker.run(job, layout, batches, _BoardLink(config["board"]))
+        finished = worker.run(job, layout, batches, link)
+        link.flush()
     except Exception:
         # Ray shortens tracebacks; the whole one is kept with the run.
         log = job.recipe.run.dir.at("logs", f"worker-{rank}.txt")

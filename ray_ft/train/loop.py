@@ -95,7 +95,15 @@ def train(
     finished = start
     for step in range(start, total):
         waited = time.perf_counter()
-        batch = next(stream)
+        batch = next(stream, None)
+        if batch is None:
+            raise TrainingError(
+                f"the rows ended before step {step + 1} of {total}",
+                [
+                    "train again: it resumes at the newest checkpoint",
+                    "report this with the recipe; it should not happen",
+                ],
+            )
         meter.waited(time.perf_counter() - waited)
         lr = learning_rate(settings.schedule, settings.optimizer.lr, step, total)
         try:
@@ -109,13 +117,14 @@ def train(
             assert held_out is not None
             row["eval_loss"] = evaluate(strategy, held_out, settings.micro_batch)
             meter.pause()
-        if result.stop or due(settings.checkpoint.every, finished, total):
+        saving = result.stop or due(settings.checkpoint.every, finished, total)
+        if saving:
             began = time.perf_counter()
             save(finished)
             row["checkpoint_seconds"] = time.perf_counter() - began
             meter.pause()
         if layout.rank == 0 and (
-            held_out_due or result.stop or finished == 1 or due(settings.log_every, finished, total)
+            held_out_due or saving or finished == start + 1 or due(settings.log_every, finished, total)
         ):
             link.log(meter.row(row))
         if result.stop:

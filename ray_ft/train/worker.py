@@ -10,7 +10,7 @@ import torch
 
 from ray_ft import paths
 from ray_ft.data.order import Order
-from ray_ft.data.prepare import Prepared
+from ray_ft.data.prepare import Prepared, Split
 from ray_ft.data.stream import Batch, ahead
 from ray_ft.errors import CheckpointError
 from ray_ft.model import adapt, load
@@ -31,6 +31,10 @@ class Job:
     held_out: Prepared | None
 
     @property
+    def splits(self) -> dict[Split, Prepared]:
+        return {"train": self.train, **({"eval": self.held_out} if self.held_out else {})}
+
+    @property
     def order(self) -> Order:
         return Order.of(self.recipe, self.train)
 
@@ -43,10 +47,18 @@ class Job:
         found = checkpoint.newest(self.recipe.run.dir.checkpoints)
         if found:
             for key, value in self.identity().items():
+                about_data = key == "data.train"
                 if (before := found.state.get(key)) != value:
                     raise CheckpointError(
                         f"{found.location} was written with {key} = {before!r}, the recipe now has {value!r}",
-                        ["train under another run.name", f"or set {key} back to continue this run"],
+                        [
+                            "train under another run.name",
+                            f"or set {key} back to continue this run",
+                            *(
+                                ["data.train stands for files, formats, seq_len, packing and tokenizer together"]
+                                * about_data
+                            ),
+                        ],
                     )
         return found
 
@@ -54,10 +66,11 @@ class Job:
         """What must not change for a run to be continued: with it, step and batch mean the same rows."""
         return {
             "model.path": self.recipe.model.path,
-            "data.train": self.train.location.rpartition("/")[2],
+            "data.train": paths.base_name(self.train.location),
             "train.global_batch": self.recipe.train.global_batch,
             "run.seed": self.recipe.run.seed,
             "data.shuffle": self.recipe.data.shuffle,
+            "data.shuffle_window": self.recipe.data.shuffle_window,
         }
 
 
@@ -68,10 +81,10 @@ BatchesFrom = Callable[[Order, int, int], Iterable[Batch]]
 def run(job: Job, layout: Layout, batches_from: BatchesFrom, link: Link) -> int:
     """Build everything, resume where the run stands, train to the end. Returns the steps finished."""
     recipe = job.recipe
-    if layout.device.type == "cpu":
+    if layout.device.type == "cpu" and recipe.train.workers:
         # Without a limit every worker would start as many threads as the machine has cores.
         torch.set_num_threads(max(int(recipe.train.cpus_per_worker), 1))
-    else:
+    if layout.device.type == "cuda":
         torch.cuda.set_device(layout.device)  # NCCL and `torch.cuda` calls without a device mean this one
     torch.manual_seed(recipe.run.seed)  # dropout, in families that have any
 

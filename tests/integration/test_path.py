@@ -226,6 +226,44 @@ def test_export_refuses_a_folder_that_answers_otherwise(
     assert not (copied / "export").exists()
 
 
+def test_a_base_in_several_files_is_exported_in_several(
+    trained: Recipe, demo: DemoPaths, make: Make, view: View
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = Path(shutil.copytree(demo.base, Path(trained.run.storage) / "two-files"))
+    weights = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    names, index = sorted(weights), {}
+    for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), start=1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: weights[name] for name in part}, base / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(part, file)
+    paths.write_json(str(base / "model.safetensors.index.json"), {"metadata": {}, "weight_map": index})
+    recipe = make(**on_ray(name="two-files-run", **{"model.path": str(base), "train.workers": 0}))
+    launch.train(recipe, view)
+    manifest = export(recipe.run.dir.root, view)
+    assert len([name for name in manifest.content["files"] if name.endswith(".safetensors")]) == 2
+
+
+def test_an_export_replaces_nothing_but_an_export(copied: Path, view: View, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    with pytest.raises(ExportError, match="hold"):
+        export(str(copied), view, to=str(precious))
+    assert (precious / "thesis.txt").read_text() == "years of work"
+    for _ in range(2):  # new, then over itself
+        export(str(copied), view, to=str(tmp_path / "new"))
+    assert sorted(os.listdir(tmp_path)) == ["copy", "new", "precious"]
+
+
+def test_an_export_needs_no_raw_data(copied: Path, view: View) -> None:
+    resolved = (copied / "recipe.yaml").read_text()
+    (copied / "recipe.yaml").write_text(resolved.replace("/train/part-", "/gone/part-").replace("heldout", "gone"))
+    assert export(str(copied), view).content["step"] == STEPS
+
+
 def test_a_failed_export_keeps_the_one_before(copied: Path, view: View) -> None:
     export(str(copied), view)
     before = Manifest.load(str(copied)).content

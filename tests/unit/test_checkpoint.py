@@ -236,6 +236,7 @@ def test_only_the_newest_are_kept(demo: DemoPaths, tmp_path: Path, trained: tupl
         ("data.seq_len=128", "data.train"),
         ("run.seed=1", "run.seed"),
         ("data.shuffle=false", "data.shuffle"),
+        ("data.shuffle_window=64", "data.shuffle_window"),
     ],
 )
 def test_what_would_give_steps_another_meaning_is_refused(

@@ -136,6 +136,15 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_next_call_ends_as_if_undisturbed(
     assert found[-1]["eval_loss"] == expected[-1]["eval_loss"]
 
 
+def test_without_workers_any_strategy_trains_unsharded(demo: DemoPaths, tmp_path: Path, shown: Record) -> None:
+    losses = []
+    for strategy in ("fsdp", "none"):
+        settings = recipe_for(demo, tmp_path / strategy, f"train.strategy={strategy}", "train.max_steps=2")
+        assert launch.train(settings, shown[0]).taken == 2
+        losses.append([row["loss"] for row in read_metrics(settings.run.dir)])
+    assert losses[0] == losses[1]
+
+
 def test_a_worker_that_fails_is_told_of_and_the_run_goes_on_from_its_checkpoint(
     demo: DemoPaths, tmp_path: Path, shown: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,18 +156,14 @@ def test_a_worker_that_fails_is_told_of_and_the_run_goes_on_from_its_checkpoint(
 
     with monkeypatch.context() as patch:
         at_step(4, fail, patch)
-        with pytest.raises(TrainingError, match="a worker failed") as caught:
+        with pytest.raises(RuntimeError, match="the disk is on fire"):  # as it is, with its traceback
             launch.train(settings, view)
-    assert "the disk is on fire" in str(caught.value)
     assert [row["step"] for row in read_metrics(settings.run.dir)] == [1, 2, 3]
     assert launch.train(settings, view).complete
     assert [row["step"] for row in read_metrics(settings.run.dir)] == [1, 2, 3, 4]
 
 
 def test_what_cannot_run_in_process_is_refused(demo: DemoPaths, tmp_path: Path, shown: Record) -> None:
-    with pytest.raises(ResourceError, match="'fsdp' has nothing to shard over") as caught:
-        launch.train(recipe_for(demo, tmp_path, "train.strategy=fsdp"), shown[0])
-    assert "train.strategy=none" in str(caught.value)
     if not torch.cuda.is_available():
         with pytest.raises(ResourceError, match=r"train\.device = 'cuda'"):
             launch.train(recipe_for(demo, tmp_path, "train.device=cuda"), shown[0])

@@ -132,6 +132,21 @@ def test_a_window_bounds_what_is_in_memory_and_units_are_shuffled_beyond_it() ->
     )  # and rows are mixed within a window
 
 
+def test_the_work_grows_with_the_units_not_with_their_square() -> None:
+    looks = 0
+
+    class Counted:
+        @property
+        def rows(self) -> int:
+            nonlocal looks
+            looks += 1
+            return 1
+
+    prepared = Prepared("nowhere", 8, Counts(packed=1000), tuple(Counted() for _ in range(1000)), {})  # type: ignore[misc]
+    assert [part.take for part in Order(prepared, 0, True, 400, 1).slices(0, 1000)] == [400, 400, 200]
+    assert looks <= 4 * 1000
+
+
 def test_a_unit_larger_than_the_window_is_a_window_of_its_own() -> None:
     order = Order(Numbered.of([9, 2, 2]), 0, True, 4, 1)
     windows = [[unit.rows for unit in part.units] for part in order.slices(0, 13)]

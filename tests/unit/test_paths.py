@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 import pytest
 
 from ray_ft import paths
@@ -20,6 +25,11 @@ from ray_ft.paths import Appender, Manifest, RunDir
 from ray_ft.recipe import Recipe, TextSource
 
 BUCKET = "ray-ft-test"
+
+
+def folders(cache: Path) -> list[Path]:
+    """What a cache holds besides its locks."""
+    return sorted(path for path in cache.iterdir() if path.suffix != ".lock")
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,16 @@ def test_a_run_keeps_its_layout() -> None:
     assert run.rejects == "s3://bucket/runs/one/data/rejects.jsonl"
     assert run.evaluation == "s3://bucket/runs/one/eval/report.json"
     assert len({run.stats, run.checkpoints, run.metrics, run.tensorboard, run.logs, run.export}) == 6
+
+
+def test_a_query_stays_at_the_end_of_a_uri() -> None:
+    query = "?endpoint_override=host:1/x&scheme=http"
+    assert paths.join(f"s3://key:secret@bucket/runs{query}", "a", "b") == f"s3://key:secret@bucket/runs/a/b{query}"
+    assert paths.add_suffix(f"s3://bucket/a{query}", ".partial") == f"s3://bucket/a.partial{query}"
+    assert RunDir(f"s3://bucket/runs/one{query}").rejects == f"s3://bucket/runs/one/data/rejects.jsonl{query}"
+    assert paths.split_query("https://host/a.parquet?token") == ("https://host/a.parquet", "?token")
+    for without in ("/data/a?x=b", "s3://bucket/part-?.jsonl"):  # a name of a local file, a glob
+        assert paths.split_query(without) == (without, "")
 
 
 # ----------------------------------------------------------------------------------------------- any kind of storage
@@ -301,23 +321,75 @@ def test_a_remote_folder_is_copied_once_per_content(s3: S3, tmp_path: Path) -> N
     paths.write_text(f"{s3.root}/model/config.json", "other")
     second = Path(paths.local_copy(f"{s3.root}/model", tmp_path))
     assert second != first and (second / "config.json").read_text() == "other"
-    assert len(list(tmp_path.iterdir())) == 2  # no half copy is left beside
+    assert folders(tmp_path) == sorted([first, second])  # no half copy is left beside
 
 
-def test_a_copy_that_another_process_finished_first_is_used(
+def test_a_copy_that_another_machine_finished_first_is_used(
     s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A cache on a shared folder whose locks do not reach other machines."""
     paths.write_text(f"{s3.root}/model/a", "a")
     original = pafs.copy_files
 
     def race(*args: Any, **options: Any) -> None:
-        monkeypatch.setattr(pafs, "copy_files", original)
-        paths.local_copy(f"{s3.root}/model", tmp_path)
+        (lock,) = tmp_path.glob("*.lock")
+        lock.with_suffix("").mkdir()
+        (lock.with_suffix("") / "a").write_text("first")
         original(*args, **options)
 
     monkeypatch.setattr(pafs, "copy_files", race)
-    copy = paths.local_copy(f"{s3.root}/model", tmp_path)
-    assert (Path(copy) / "a").read_text() == "a" and [str(p) for p in tmp_path.iterdir()] == [copy]
+    copy = Path(paths.local_copy(f"{s3.root}/model", tmp_path))
+    assert (copy / "a").read_text() == "first" and folders(tmp_path) == [copy]
+
+
+def test_those_who_ask_at_once_share_one_download(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths.write_text(f"{s3.root}/model/a", "a")
+    original, copies = pafs.copy_files, []
+
+    def slow(*args: Any, **options: Any) -> None:
+        copies.append(args)
+        time.sleep(0.5)
+        original(*args, **options)
+
+    monkeypatch.setattr(pafs, "copy_files", slow)
+    with ThreadPoolExecutor(4) as pool:  # a lock of one file opened twice keeps threads apart as it does processes
+        found = set(pool.map(lambda _: paths.local_copy(f"{s3.root}/model", tmp_path), range(4)))
+    assert len(found) == len(copies) == 1 and folders(tmp_path) == [Path(found.pop())]
+
+
+def test_a_copy_that_fails_leaves_nothing_and_can_be_tried_again(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths.write_text(f"{s3.root}/model/a", "a")
+
+    def fail(_: str, target: str, **__: Any) -> None:
+        Path(target, "half").write_text("h")
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pafs, "copy_files", fail)
+        with pytest.raises(OSError, match="no space left"):
+            paths.local_copy(f"{s3.root}/model", tmp_path)
+    assert folders(tmp_path) == []
+    assert os.listdir(paths.local_copy(f"{s3.root}/model", tmp_path)) == ["a"]
+
+
+def test_a_model_without_its_weights_is_a_copy_of_its_own(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_FT_CACHE", str(tmp_path))
+    small = {"config.json", "model.safetensors.index.json", "sub/tokenizer.json"}
+    big = {"model-1.safetensors", "pytorch_model.bin", "sub/x.gguf"}
+    for name in small | big:
+        paths.write_text(f"{s3.root}/model/{name}", name)
+
+    def files(folder: str) -> set[str]:
+        return {str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file()}
+
+    without = paths.model_folder(f"{s3.root}/model", weights=False)
+    assert files(without) == small and Path(without, "sub/tokenizer.json").read_text() == "sub/tokenizer.json"
+    assert files(paths.model_folder(f"{s3.root}/model")) == small | big
+    assert paths.model_folder(f"{s3.root}/model", weights=False) == without and files(without) == small
 
 
 def test_a_remote_model_that_is_not_there_is_named(s3: S3) -> None:
@@ -349,3 +421,53 @@ def test_data_on_s3_is_prepared_onto_s3_with_the_rows_that_it_gives_locally(
     assert remote.names(remote.units[0], 0)[0].startswith(f"{s3.root}/train/part-0.jsonl:")
     assert prepare(make_recipe(*overrides), "train", demo.base, in_process).reused
     assert not [name for name in s3.objects() if "partial" in name]
+
+
+@pytest.fixture
+def query(s3: S3, server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What leads to the server once the environment does not."""
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    return f"?endpoint_override={server.removeprefix('http://')}&scheme=http&region=us-east-1"
+
+
+def test_a_run_lies_where_the_query_of_its_storage_says(s3: S3, query: str, tmp_path: Path) -> None:
+    run = RunDir(paths.join(f"{s3.root}/runs{query}", "one"))
+    paths.probe_writable(run.root)
+    with Appender(run.rejects) as rejects:
+        rejects.write(b"{}\n")
+    (tmp_path / "config.json").write_text("{}")
+    paths.upload_dir(tmp_path, run.export)
+    Manifest(run.export, {"format": paths.MANIFEST_FORMAT}).save()
+    assert Manifest.load(run.root).folder == run.export
+    assert sorted(k for k in s3.objects() if not k.endswith("/")) == [
+        f"runs/one/{name}" for name in ("data/rejects.jsonl", "export/config.json", "export/manifest.json")
+    ]
+    assert paths.list_dir(run.root) == ["data", "export"]
+    paths.move(run.at("data"), run.at("moved"))
+    assert paths.read_text(run.at("moved", "rejects.jsonl")) == "{}\n"
+    assert sorted(os.listdir(paths.local_copy(run.export, tmp_path / "cache"))) == ["config.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("pattern", ["", "/", "/*/a b.jsonl", "/**", "/x=1/a%20b.jsonl", "/[x]=1/?%20?.jsonl"])
+@pytest.mark.parametrize("login", ["", "test:test@"])
+def test_data_keeps_query_and_credentials_of_its_uri(s3: S3, query: str, pattern: str, login: str) -> None:
+    s3.client.put_object(Bucket=BUCKET, Key="data/x=1/a b.jsonl", Body=b'{"text": "a"}\n')
+    root = f"s3://{login}{BUCKET}/data"
+    (file,) = sources.find_files(TextSource(format="text", path=f"{root}{pattern}{query}"))
+    assert file.uri == f"{root}/x=1/a%20b.jsonl{query}"
+    assert [row.content for chunk in sources.chunks_of(file, 0) for row in sources.read_rows(chunk)] == [{"text": "a"}]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_one_file_is_read_over_http(s3: S3, tmp_path: Path, suffix: str) -> None:
+    rows = [{"text": f"row {n}"} for n in range(100)]
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data")
+    else:
+        (tmp_path / "data").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    s3.client.upload_file(str(tmp_path / "data"), BUCKET, f"data{suffix}")
+    url = s3.client.generate_presigned_url("get_object", {"Bucket": BUCKET, "Key": f"data{suffix}"})
+    (file,) = sources.find_files(TextSource(format="text", path=url))
+    assert file.uri == url and "?" in url
+    read = [row.content for chunk in sources.chunks_of(file, 0, 500) for row in sources.read_rows(chunk)]
+    assert read == rows

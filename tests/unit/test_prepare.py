@@ -219,6 +219,18 @@ def test_more_rows_than_one_call_of_the_tokenizer_takes_keep_their_lines(
 # ---------------------------------------------------------------------------------------------------------- length
 
 
+def test_a_compressed_file_cut_short_stops_however_many_bad_rows_are_allowed(
+    make_recipe: MakeRecipe, run: Run, text: Text
+) -> None:
+    source = text(*good(400), name="cut.jsonl.gz")
+    file = Path(source["path"])
+    file.write_bytes(file.read_bytes()[:-100])
+    recipe = make_recipe("data.max_bad_rows=1", sources=[source])
+    for _ in range(2):  # nor is what was prepared before the damage found to be complete
+        with pytest.raises(DataError, match=r"cut\.jsonl\.gz .*breaks after line"):
+            run(recipe)
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_long_rows_are_dropped_or_truncated_and_counted(
     make_recipe: MakeRecipe, run: Run, documents: Documents, text: Text, packing: bool

@@ -237,33 +237,43 @@ def test_zstd_written_as_a_stream_reads_too(write: Callable[..., Path]) -> None:
     assert contents(file) == ROWS
 
 
+def until_it_breaks(file: Path) -> tuple[list[Any], str]:
+    """The rows before the damage, and what is said of it."""
+    chunks = sources.chunks_of(found(file)[0], 0)
+    rows: list[Any] = []
+    with pytest.raises(DataError) as caught:
+        rows.extend(row.content for chunk in chunks for row in sources.read_rows(chunk))
+    assert str(file) in str(caught.value) and "take it out of data.train / data.eval" in str(caught.value)
+    return rows, caught.value.what
+
+
 @pytest.mark.parametrize("suffix", COMPRESS)
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.99])
-def test_a_compressed_file_cut_short_is_said_and_nothing_before_is_altered(
+def test_a_compressed_file_cut_short_is_an_error_with_its_line_and_nothing_before_is_altered(
     write: Callable[..., Path], suffix: str, share: float
 ) -> None:
+    """Not a reject: that would be one bad row, however many the lost rest held."""
     whole = COMPRESS[suffix](LINES)
-    rows = read(write(whole[: int(share * len(whole))], f"data.jsonl{suffix}"))
-    *good, last = rows
-    assert isinstance(last.content, Reject) and last.content.reason == f"corrupt {KIND[suffix]}"
-    assert last.line == len(good) + 1
-    assert [row.content for row in good] == ROWS[: len(good)] and len(good) < len(ROWS)
+    good, said = until_it_breaks(write(whole[: int(share * len(whole))], f"data.jsonl{suffix}"))
+    assert f"({int(share * len(whole))} bytes) is not a readable {KIND[suffix]} file" in said
+    assert f"breaks after line {len(good)}:" in said
+    assert good == ROWS[: len(good)] and len(good) < len(ROWS)
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_a_file_that_is_not_what_its_suffix_says_is_rejected(write: Callable[..., Path], suffix: str) -> None:
-    (only,) = contents(write(LINES, f"data.jsonl{suffix}"))
-    assert only.reason == f"corrupt {KIND[suffix]}"
+def test_a_file_that_is_not_what_its_suffix_says_is_an_error(write: Callable[..., Path], suffix: str) -> None:
+    good, said = until_it_breaks(write(LINES, f"data.jsonl{suffix}"))
+    assert not good and f"not a readable {KIND[suffix]} file: it breaks after line 0:" in said
 
 
-def test_damage_in_the_middle_of_gzip_is_said(write: Callable[..., Path]) -> None:
+def test_damage_in_the_middle_of_gzip_is_an_error(write: Callable[..., Path]) -> None:
     whole = bytearray(gzip.compress(LINES))
     whole[-6] ^= 1  # the checksum: every byte arrives, and one of them may be wrong
-    *good, last = contents(write(bytes(whole), "data.jsonl.gz"))
-    assert good == ROWS and last.reason == "corrupt gzip"
+    good, said = until_it_breaks(write(bytes(whole), "data.jsonl.gz"))
+    assert good == ROWS and f"breaks after line {len(ROWS)}: CRC" in said
 
 
-def test_a_storage_that_fails_is_an_error_not_a_reject(
+def test_a_storage_that_fails_is_not_taken_for_damage(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> int:
@@ -395,6 +405,22 @@ def test_files_of_an_fsspec_protocol_are_found_and_read() -> None:
         assert contents("memory://ray-ft-test/*.jsonl", 1000) == ROWS
     finally:
         memory.rm("/ray-ft-test", recursive=True)
+
+
+def test_names_in_a_uri_are_escaped_and_globs_may_hold_any_sign(tmp_path: Path) -> None:
+    for name in ("part 1%.jsonl", "part-2.jsonl", "x=é#/part-3.jsonl"):
+        file = tmp_path / "a b" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(LINES)
+    root = tmp_path / "a b"
+    for pattern, expected in {
+        "": ["part 1%.jsonl", "part-2.jsonl", "x=é#/part-3.jsonl"],
+        "/part%20*": ["part 1%.jsonl"],
+        "/part-?.jsonl": ["part-2.jsonl"],
+        "/*/part-[3].jsonl": ["x=é#/part-3.jsonl"],
+        "/part-2.jsonl": ["part-2.jsonl"],
+    }.items():
+        assert names(f"file://{tmp_path}/a%20b{pattern}", root) == expected
 
 
 @pytest.mark.parametrize("path", ["none.jsonl", "none/", "*.parquet", "none/**/*.jsonl"])
