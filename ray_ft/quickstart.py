@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_ft import recipe
+from ray_ft.errors import RayFtError
 from ray_ft.evaluate import Question, held_out_questions, score
 from ray_ft.view import View
 
@@ -34,7 +35,8 @@ class StepFailed(Exception):
 def main() -> None:
     view, began = View(), time.monotonic()
     try:
-        settings = recipe.load(RECIPE)
+        with _step("recipe"):
+            settings = recipe.load(RECIPE)
         run = str(Path(settings.run.dir.root).relative_to(Path.cwd()))
         for name, arguments in (
             ("demo", ["demo"]),
@@ -45,7 +47,8 @@ def main() -> None:
         ):
             _announce(view, arguments)
             _ray_ft(name, arguments)
-        questions = held_out_questions(settings, settings.evaluate.max_rows)
+        with _step("questions"):
+            questions = held_out_questions(settings, settings.evaluate.max_rows)
         port = _free_port()
         arguments = ["serve", run, "--port", str(port)]
         _announce(view, arguments)
@@ -66,6 +69,14 @@ def main() -> None:
         f"quickstart ok: exact match {result['exact_match']:.3f}, chrF {result['chrf']:.1f}, "
         f"{len(answers)} requests over HTTP, {time.monotonic() - began:.0f} s"
     )
+
+
+@contextlib.contextmanager
+def _step(name: str) -> Iterator[None]:
+    try:
+        yield
+    except RayFtError as error:
+        raise StepFailed(f"{name}: {error}") from error
 
 
 def _announce(view: View, arguments: Sequence[str]) -> None:
@@ -95,7 +106,7 @@ def _serving(arguments: Sequence[str], port: int) -> Iterator[str]:
             if (code := server.poll()) is not None:
                 raise StepFailed(f"serve: it exited with {code} before it answered")
             with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}/models", timeout=5).status_code == 200:
+                if httpx.get(f"{url}/models", timeout=5, trust_env=False).status_code == 200:
                     break
             if time.monotonic() > deadline:
                 raise StepFailed(f"serve: no answer at {url} within {START_SECONDS} s")
@@ -117,7 +128,8 @@ def _serving(arguments: Sequence[str], port: int) -> Iterator[str]:
 def _ask(url: str, model: str, questions: Sequence[Question], max_tokens: int) -> list[str]:
     import openai
 
-    client = openai.OpenAI(base_url=url, api_key="none")
+    # trust_env: http_proxy is not for this machine's own address.
+    client = openai.OpenAI(base_url=url, api_key="none", http_client=openai.DefaultHttpxClient(trust_env=False))
 
     def ask(question: Question) -> str:
         messages: Any = question.sample.prompt

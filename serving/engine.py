@@ -42,6 +42,9 @@ GPU_GIB = {
     "H100": 80, "H200": 141, "H20": 96, "B200": 180, "B300": 270, "GB200": 186, "GB300": 279, "RTX-PRO-6000": 96,
 }  # fmt: skip
 
+#: NVIDIA's types before Ampere, on which vLLM refuses bfloat16.
+NO_BFLOAT16 = {"K80", "P4", "P100", "V100", "T4"}
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -53,7 +56,8 @@ class Cluster:
         node_memory: memory of the smallest of them.
         gpus: GPUs of the whole cluster; 0: replicas run on CPU.
         gpu_bytes: memory of the smallest GPU; None where the type is not known.
-        gpu_type: Ray's name of that GPU.
+        gpu_type: Ray's name of that GPU; of one without bfloat16, where there is any.
+        private: it is this machine alone, and no node can join.
     """
 
     nodes: int = 1
@@ -62,6 +66,7 @@ class Cluster:
     gpus: int = 0
     gpu_bytes: int | None = None
     gpu_type: str | None = None
+    private: bool = True
 
     @classmethod
     def read(cls) -> Cluster:
@@ -92,7 +97,9 @@ class Cluster:
             node_memory=int(min(node["Resources"].get("memory", 8 * GIB) for node in usable)),
             gpus=int(sum(node["Resources"]["GPU"] for node in with_gpu)),
             gpu_bytes=int(GPU_GIB[smallest] * GIB) if smallest else None,
-            gpu_type=smallest,
+            gpu_type=min(types & NO_BFLOAT16, default=smallest),
+            # As `session` starts it: no other machine reaches a node on loopback. Any other may have an autoscaler.
+            private=all(node["NodeManagerAddress"] == "127.0.0.1" for node in alive),
         )
 
 
@@ -142,7 +149,8 @@ def plan(
         max_model_len: replaces ``serve.max_model_len``, in tokens.
 
     Raises:
-        ServeError: the name cannot be used, the context is longer than the model's, or the model cannot fit.
+        ServeError: the name cannot be used, the context is longer than the model's, the model cannot fit, the GPUs are
+            too old, or there are too few and no more can come.
     """
     serve, model = manifest.serve, manifest.model
     name = model_name or serve["model_name"] or manifest.run
@@ -167,6 +175,7 @@ def plan(
     if cluster.gpus:
         gpus = serve["gpus_per_replica"]
         _fits_gpus(model, hf_config, cluster, gpus, length)
+        _enough_gpus(cluster, replicas, gpus)
         engine |= {
             "dtype": "bfloat16",
             "tensor_parallel_size": gpus,
@@ -197,7 +206,16 @@ def plan(
 
 
 def _fits_gpus(model: dict[str, Any], hf_config: dict[str, Any], cluster: Cluster, gpus: int, length: int) -> None:
-    """Refuse what certainly cannot work: heads that do not divide, or weights and one sequence beyond the memory."""
+    """Refuse what certainly cannot work: GPUs without bfloat16, heads that do not divide, or too little memory.
+
+    Too little is less than the weights and one sequence need.
+    """
+    if cluster.gpu_type in NO_BFLOAT16:
+        raise ServeError(
+            f"the cluster's {cluster.gpu_type} GPUs cannot compute in bfloat16, "
+            "and in float16 Gemma's activations overflow",
+            ["use GPUs of the Ampere generation or later (A10G, A100, L4, H100, …), and no older ones beside them"],
+        )
     heads = hf_config.get("text_config", hf_config)["num_attention_heads"]
     if heads % gpus:
         divisors = [n for n in range(1, heads + 1) if heads % n == 0]
@@ -224,6 +242,22 @@ def _fits_gpus(model: dict[str, Any], hf_config: dict[str, Any], cluster: Cluste
         f"{length} tokens, and {gpus} × {cluster.gpu_type} gives {usable * gpus / GIB:.1f} GiB "
         f"({GPU_MEMORY_UTILIZATION:.0%} of the memory)",
         [*ways, "use GPUs with more memory"],
+    )
+
+
+def _enough_gpus(cluster: Cluster, replicas: int, gpus: int) -> None:
+    """Refuse to wait for ever for GPUs that cannot come; on a shared cluster an autoscaler may add them."""
+    if not cluster.private or replicas * gpus <= cluster.gpus:
+        return
+    most = cluster.gpus // gpus
+    raise ServeError(
+        f"serve.replicas = {replicas} × serve.gpus_per_replica = {gpus} need {replicas * gpus} GPUs; "
+        f"this machine has {cluster.gpus}",
+        [
+            *([f"set serve.replicas to at most {most}"] if most else []),
+            *(["lower serve.gpus_per_replica"] if gpus > 1 else []),
+            "serve on a cluster with more GPUs: set RAY_ADDRESS",
+        ],
     )
 
 

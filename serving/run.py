@@ -129,9 +129,11 @@ def served(
     overrides = {"model_name": model_name, "replicas": replicas, "max_model_len": max_model_len}
     options = app.check_args({"run": run, **overrides})
     manifest, hf_config = app.load(options.pop("run"))
-    host, port = host or manifest.serve["host"], port or manifest.serve["port"]
+    host, port = host or manifest.serve["host"], manifest.serve["port"] if port is None else port
     address = session.address()
-    if not address:
+    if address:
+        _check_range(port)  # the rest once it is known whether that cluster's head is this machine
+    else:
         check_port(host, port)
 
     with _quiet(), _ray(address, on_phase) as here:
@@ -149,8 +151,9 @@ def check_port(host: str, port: int) -> None:
     """Refuse an address that cannot be listened on.
 
     Raises:
-        ServeError: the port is taken, reserved, or the address is not one of this machine.
+        ServeError: the port is none, taken or reserved, or the address is unknown or not one of this machine.
     """
+    _check_range(port)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         # As Serve's proxy does: a port whose last user has just gone is free.
@@ -165,14 +168,22 @@ def check_port(host: str, port: int) -> None:
                 except OSError:
                     free = None
             raise ServeError(
-                f"cannot listen on serve.host {host!r}, serve.port {port}: {os.strerror(error.errno or 0)}",
+                f"cannot listen on serve.host {host!r}, serve.port {port}: {error.strerror}",  # of names, too
                 [
-                    f"choose another port, such as the free {free}: --port {free}"
-                    if free
-                    else "choose an address of this machine: --host 127.0.0.1",
+                    f"choose another port, such as the free {free}: --port {free}",
                     f"see who has it: ss -ltnp 'sport = :{port}'",
-                ],
+                ]
+                if free
+                else ["choose an address of this machine: --host 127.0.0.1"],
             ) from error
+
+
+def _check_range(port: int) -> None:
+    if not 1 <= port <= 65535:
+        raise ServeError(
+            f"serve.port {port} is not a port: they go from 1 to 65535",
+            ["choose another: --port 8000", "leave --port out: serve.port of the recipe"],
+        )
 
 
 # --------------------------------------------------------------------------------------------------- Ray and Serve
@@ -282,16 +293,18 @@ def _wait_for_http(url: str, on_phase: Callable[[str], None]) -> None:
         ServeError: it does not answer within a minute.
     """
     on_phase("waiting for the first answer")
+    # It is this machine's own address, for which http_proxy is not meant.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + 60
     while True:
         try:
-            with urllib.request.urlopen(f"{url}/models", timeout=10):
+            with direct.open(f"{url}/models", timeout=10):
                 return
         except OSError as error:  # of which urllib's errors are kinds
             if time.monotonic() > deadline:
                 raise ServeError(
                     f"the model is loaded, but {url} does not answer: {error}",
-                    ["try another serve.port", "check that no proxy (http_proxy) stands before this address"],
+                    ["try another serve.port"],
                 ) from error
             time.sleep(0.2)
 

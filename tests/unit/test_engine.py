@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import types
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ray_ft.errors import ServeError
+from ray_ft import quickstart
+from ray_ft.data.rows import Conversation
+from ray_ft.errors import DataError, RecipeError, ServeError
+from ray_ft.evaluate import Question
 from ray_ft.paths import Manifest
 from serving import app, engine, run
 from serving.engine import GIB, Cluster
@@ -122,6 +129,63 @@ def test_gpu_advice_beyond_the_cluster_says_so() -> None:
 def test_gpu_of_unknown_memory_is_not_refused() -> None:
     plan = engine.plan(manifest(parameters=27_000_000_000), GEMMA_27B, Cluster(gpus=1))
     assert plan.engine["tensor_parallel_size"] == 1
+
+
+@pytest.mark.parametrize(("replicas", "each", "most"), [(3, 1, "at most 2\n"), (2, 2, "at most 1\n"), (1, 4, None)])
+def test_more_gpus_than_this_machine_has(replicas: int, each: int, most: str | None) -> None:
+    model = manifest(replicas=replicas, gpus_per_replica=each)
+    numbers = f"replicas = {replicas} × serve.gpus_per_replica = {each} need {replicas * each} GPUs; this machine has 2"
+    with pytest.raises(ServeError, match=numbers) as caught:
+        engine.plan(model, GEMMA_27B, gpus(2))
+    ways = str(caught.value)
+    assert most in ways if most else "at most" not in ways
+    assert ("lower serve.gpus_per_replica" in ways) == (each > 1)
+    shared = Cluster(gpus=2, private=False)  # whose autoscaler may add some: Serve waits and says so
+    assert engine.plan(model, GEMMA_27B, shared).replicas == replicas
+    with pytest.raises(ServeError, match="need 3 GPUs"):  # the command line's number counts
+        engine.plan(manifest(), GEMMA_27B, gpus(2), replicas=3)
+
+
+@pytest.mark.parametrize("kind", ["V100", "P100", "T4"])
+def test_gpu_without_bfloat16(kind: str) -> None:
+    with pytest.raises(ServeError, match=rf"{kind} GPUs cannot compute in bfloat16.*float16.*overflow") as caught:
+        engine.plan(manifest(), SMALL, gpus(1, kind))
+    assert "Ampere" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "address", "expected"),
+    [
+        (["A100", "L4"], "10.0.0.1", ("L4", 22.5, False)),
+        (["A10G", "V100"], "10.0.0.1", ("V100", 22.5, False)),  # not the smallest, but a replica may land there
+        (["T4", "NEW"], "10.0.0.1", ("T4", None, False)),
+        (["H100"], "127.0.0.1", ("H100", 80, True)),
+    ],
+)
+def test_cluster_of_some_gpus(
+    kinds: list[str], address: str, expected: tuple[str, float | None, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    class Context:
+        def get_node_id(self) -> str:
+            return "0"
+
+    nodes = [
+        {
+            "NodeID": str(number),
+            "Alive": True,
+            "NodeManagerAddress": address,
+            "Resources": {"CPU": 8.0, "GPU": 1.0, "memory": 64.0 * GIB, f"accelerator_type:{kind}": 1.0},
+        }
+        for number, kind in enumerate(kinds)
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "get_runtime_context", Context)
+    found = Cluster.read()
+    kind, gib, private = expected
+    assert (found.gpus, found.gpu_type, found.private) == (len(kinds), kind, private)
+    assert found.gpu_bytes == (None if gib is None else int(gib * GIB))
 
 
 def test_gpus_must_divide_the_heads() -> None:
@@ -241,3 +305,95 @@ def test_port_of_another_machine() -> None:
     with pytest.raises(ServeError, match=r"192\.0\.2\.1") as caught:
         run.check_port("192.0.2.1", 8000)
     assert "--host 127.0.0.1" in str(caught.value)
+
+
+def test_host_that_nobody_knows() -> None:
+    with pytest.raises(ServeError, match=r"'nosuchhost\.invalid'") as caught:
+        run.check_port("nosuchhost.invalid", 8000)
+    assert "Unknown error" not in str(caught.value)
+    assert caught.value.ways_out == ("choose an address of this machine: --host 127.0.0.1",)
+
+
+@pytest.mark.parametrize("port", [99_999, 65_536, -1, 0])
+@pytest.mark.parametrize("address", ["", "10.0.0.1:6379"])
+def test_port_that_is_none(port: int, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(run, "_ray", lambda *_: pytest.fail("Ray was started"))
+    write(tmp_path, {"config.json": json.dumps(SMALL)})
+    for refused in (lambda: run.check_port("127.0.0.1", port), run.served(str(tmp_path), port=port).__enter__):
+        with pytest.raises(ServeError, match=rf"serve\.port {port} is not a port: they go from 1 to 65535"):
+            refused()
+
+
+# ------------------------------------------------------------------------------------------- quickstart, and proxies
+
+
+class Echo(BaseHTTPRequestHandler):
+    """Answers every request as a model would that says "ok"."""
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": "ok"}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def behind_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The port of an `Echo` on this machine, where http_proxy names a proxy that does not answer."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with HTTPServer(("127.0.0.1", 0), Echo) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def test_clients_of_this_machine_use_no_proxy(behind_proxy: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    monkeypatch.setattr(quickstart, "START_SECONDS", 5)
+    popen = psutil.Popen
+    monkeypatch.setattr(psutil, "Popen", lambda _: popen(["sleep", "60"]))
+    question = Question(
+        "held-out:1", Conversation(({"role": "user", "content": "one"}, {"role": "assistant", "content": "ok"}))
+    )
+    with quickstart._serving(["serve"], behind_proxy) as url:
+        assert quickstart._ask(url, "demo", [question], 8) == ["ok"]
+        clock = iter([0.0, 100.0])  # one failure is too late
+        monkeypatch.setattr(run, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+        run._wait_for_http(url, lambda phase: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "error"),
+    [
+        ("recipe.load", "recipe", RecipeError("the recipe is bad")),
+        ("held_out_questions", "questions", DataError("no data")),
+    ],
+)
+def test_quickstart_names_the_step(
+    name: str, step: str, error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(quickstart, "_ray_ft", lambda *_: None)
+    monkeypatch.setattr(f"ray_ft.quickstart.{name}", fail)
+    with pytest.raises(SystemExit) as caught:
+        quickstart.main()
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == f"quickstart failed at step {step}: {error}\n"
