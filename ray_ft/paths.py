@@ -381,6 +381,13 @@ class Appender:
     def write(self, content: bytes) -> None:
         self._stream.write(content)
 
+    def write_file(self, location: str) -> None:
+        """Append another file's content, block by block."""
+        fs, path = filesystem(location)
+        with fs.open_input_stream(path, compression=None) as source:
+            while block := source.read(1 << 20):
+                self._stream.write(block)
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stream.close()
         if kind is None:

@@ -65,12 +65,11 @@ def prepare_job(recipe: Recipe, view: View, spread: Any) -> worker.Job:
     run = recipe.run.dir
     job = prepare_data(recipe, view, spread)
     job.start()
-    prepared = job.splits
-    paths.write_json(run.stats, {split: found.stats() for split, found in prepared.items()})
+    paths.write_json(run.stats, {split: found.stats() for split, found in job.splits.items()})
     with paths.Appender(run.rejects) as rejects:
-        for found in prepared.values():
-            rejects.write(paths.read_bytes(found.rejects))
-    for split, found in prepared.items():
+        for found in job.splits.values():
+            rejects.write_file(found.rejects)  # as many as there are bad rows: not through memory
+    for split, found in job.splits.items():
         check(found, recipe, split, run.rejects)
         view.line(f"{split} data{' (prepared before)' if found.reused else ''}: {found.summary()}")
     return job

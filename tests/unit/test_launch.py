@@ -16,6 +16,7 @@ from distributed import recipe_of
 from rich.console import Console
 
 from ray_ft import paths, recipe
+from ray_ft.data.stream import in_process
 from ray_ft.demo import DemoPaths
 from ray_ft.errors import CheckpointError, ResourceError, StorageError, TrainingError
 from ray_ft.train import checkpoint, launch, loop
@@ -204,3 +205,11 @@ def test_the_deliberate_error_is_found_inside_what_wraps_it() -> None:
     other = launch._as_ours(RuntimeError("line 1\nline 2"), run)
     assert isinstance(other, TrainingError)
     assert "line 1\n    line 2" in str(other) and "/run/logs" in str(other)
+
+
+def test_the_rejects_of_all_splits_are_in_the_run(demo: DemoPaths, tmp_path: Path, shown: Record) -> None:
+    settings = recipe_for(demo, tmp_path, "train.max_steps=1", "data.seq_len=32")  # some samples are longer
+    job = launch.prepare_job(settings, shown[0], in_process)
+    expected = [paths.read_text(split.rejects) for split in job.splits.values()]
+    assert all(expected)
+    assert paths.read_text(settings.run.dir.rejects) == "".join(expected)
