@@ -134,7 +134,7 @@ def recipe_of(demo: DemoPaths, storage: str | Path, *overrides: str) -> Recipe:
         },
     }
     for override in overrides:
-        recipes._apply(content, override)
+        recipes.apply_override(content, override)
     return recipes.parse(content)
 
 

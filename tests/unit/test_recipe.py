@@ -34,7 +34,7 @@ def faults(*overrides: str, **sections: Any) -> list[str]:
     """The faults of SMALL with overrides, or with whole sections replaced."""
     content = {**copy.deepcopy(SMALL), **sections}
     for override in overrides:
-        recipe._apply(content, override)
+        recipe.apply_override(content, override)
     with pytest.raises(RecipeError) as caught:
         recipe.parse(content)
     assert caught.value.exit_code == 2
@@ -44,7 +44,7 @@ def faults(*overrides: str, **sections: Any) -> list[str]:
 def parse(*overrides: str) -> Recipe:
     content = copy.deepcopy(SMALL)
     for override in overrides:
-        recipe._apply(content, override)
+        recipe.apply_override(content, override)
     return recipe.parse(content)
 
 

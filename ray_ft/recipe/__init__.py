@@ -1,0 +1,53 @@
+"""The recipe: every setting, typed and checked once, in one place.
+
+Relative paths start at the folder the command runs in and are made absolute here, because workers run elsewhere.
+
+A recipe is a YAML file; any key can be overridden as ``key.path=value``. Everything downstream receives these objects,
+never dictionaries. Nothing here imports torch or ray.
+"""
+
+from ray_ft.recipe.data import (
+    AnySource,
+    Data,
+    MessagesSource,
+    PromptCompletionSource,
+    Source,
+    TemplateSource,
+    TextSource,
+    TranslationSource,
+    template_fields,
+)
+from ray_ft.recipe.loading import apply_override, json_schema, load, parse
+from ray_ft.recipe.model import Adapter, Model
+from ray_ft.recipe.recipe import Recipe
+from ray_ft.recipe.run import Run
+from ray_ft.recipe.serve import Evaluate, Serve
+from ray_ft.recipe.train import FSDP, Checkpoint, Optimizer, Schedule, Train, Zero
+
+__all__ = [
+    "FSDP",
+    "Adapter",
+    "AnySource",
+    "Checkpoint",
+    "Data",
+    "Evaluate",
+    "MessagesSource",
+    "Model",
+    "Optimizer",
+    "PromptCompletionSource",
+    "Recipe",
+    "Run",
+    "Schedule",
+    "Serve",
+    "Source",
+    "TemplateSource",
+    "TextSource",
+    "Train",
+    "TranslationSource",
+    "Zero",
+    "apply_override",
+    "json_schema",
+    "load",
+    "parse",
+    "template_fields",
+]

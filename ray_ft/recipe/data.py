@@ -1,0 +1,149 @@
+"""Rows and how they become batches."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from ray_ft import paths
+from ray_ft.recipe.section import Section
+
+
+class Source(Section):
+    path: str | list[str]
+    """Files, folders, globs or URIs; JSONL (.jsonl .json .ndjson, also .gz .zst) or .parquet."""
+
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: str | list[str]) -> list[str]:
+        return [paths.absolute(one) for one in ([path] if isinstance(path, str) else path)]
+
+
+class MessagesSource(Source):
+    """Conversations: a list of {role, content}; every assistant turn is trained."""
+
+    format: Literal["messages"]
+    field: str = "messages"
+    """Column with the list of messages."""
+
+
+class PromptCompletionSource(Source):
+    """Two columns: what is asked and what is answered."""
+
+    format: Literal["prompt_completion"]
+    prompt_field: str = "prompt"
+    """Column with the prompt."""
+    completion_field: str = "completion"
+    """Column with the answer."""
+    chat: bool = True
+    """Wrap both in the model's chat template; false: prompt and answer are simply joined."""
+
+
+class TranslationSource(Source):
+    """Parallel text with language codes."""
+
+    format: Literal["translation"]
+    prompt: str = (
+        "You are a professional {source_lang} ({src_lang_code}) to {target_lang} ({tgt_lang_code}) translator. "
+        "Translate the following text and answer with the translation only.\n\n{text}"
+    )
+    """Prompt template; may use {source_lang} {src_lang_code} {target_lang} {tgt_lang_code} {text}."""
+    source_field: str = "source_text"
+    """Column with the text to translate."""
+    target_field: str = "target_text"
+    """Column with the translation."""
+    source_lang_code: str | None = None
+    """Source language of all rows (en, pt-BR, zh_Hans …); null: read from source_lang_code_field."""
+    target_lang_code: str | None = None
+    """Target language of all rows; null: read from target_lang_code_field."""
+    source_lang_code_field: str = "source_lang_code"
+    """Column with each row's source language code."""
+    target_lang_code_field: str = "target_lang_code"
+    """Column with each row's target language code."""
+    source_lang_name: str = "auto"
+    """Name of the source language in the prompt; auto: from its code."""
+    target_lang_name: str = "auto"
+    """Name of the target language in the prompt; auto: from its code."""
+
+    @field_validator("prompt")
+    @classmethod
+    def _known_fields(cls, prompt: str) -> str:
+        known = {"source_lang", "src_lang_code", "target_lang", "tgt_lang_code", "text"}
+        used = template_fields(prompt)
+        if unknown := used - known:
+            raise ValueError(
+                f"unknown field {sorted(unknown)} in the prompt; a translation prompt may use {sorted(known)}"
+            )
+        if "text" not in used:
+            raise ValueError("the prompt never uses {text}, so the model would not see what to translate")
+        return prompt
+
+
+class TextSource(Source):
+    """Plain text: every token is trained."""
+
+    format: Literal["text"]
+    field: str = "text"
+    """Column with the text."""
+
+
+class TemplateSource(Source):
+    """Prompt and answer built from any named columns."""
+
+    format: Literal["template"]
+    prompt: str
+    """Prompt template over the row's columns: "Question: {question}"."""
+    completion: str
+    """Answer template over the row's columns: "<think>{reasoning}</think>{answer}"."""
+    chat: bool = True
+    """Wrap both in the model's chat template; false: prompt and answer are simply joined."""
+
+    @field_validator("prompt", "completion")
+    @classmethod
+    def _parses(cls, template: str) -> str:
+        template_fields(template)
+        return template
+
+
+AnySource = Annotated[
+    MessagesSource | PromptCompletionSource | TranslationSource | TextSource | TemplateSource,
+    Field(discriminator="format"),
+]
+
+
+def template_fields(template: str) -> set[str]:
+    """Names of the fields in a ``{name}`` template; literal braces are written twice.
+
+    Raises:
+        ValueError: the template does not parse, or has positional, indexed or formatted fields.
+    """
+    import string
+
+    fields = set()
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if not name.isidentifier() or spec or conversion:
+            raise ValueError(f"field {{{name}}} is not a plain name; write literal braces as {{{{ and }}}}")
+        fields.add(name)
+    return fields
+
+
+class Data(Section):
+    train: Annotated[list[AnySource], Field(min_length=1)]
+    """Sources to train on."""
+    eval: list[AnySource] = []
+    """Held-out sources: evaluation loss during training, and `ray-ft evaluate`."""
+    seq_len: Annotated[int, Field(ge=8)] = 1024
+    """Tokens in one row of a batch."""
+    packing: bool = True
+    """Put several samples into one row, none seeing another; false: one sample a row."""
+    long_rows: Literal["drop", "truncate"] = "drop"
+    """What becomes of a sample longer than seq_len; counted either way."""
+    max_bad_rows: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of faulty rows above which the run is refused; rows that are merely too long do not count."""
+    shuffle: bool = True
+    """Shuffle rows anew in each epoch; false: rows in the order in which they were prepared."""
+    shuffle_window: Annotated[int, Field(ge=1)] = 8_000_000
+    """Tokens that are shuffled among each other (and held in memory, 5 bytes each, by one reading task)."""

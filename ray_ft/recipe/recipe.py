@@ -1,0 +1,47 @@
+"""The whole recipe: its sections, and the rules between them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import yaml
+from pydantic import model_validator
+
+from ray_ft import paths
+from ray_ft.recipe.data import Data
+from ray_ft.recipe.model import Model
+from ray_ft.recipe.run import Run
+from ray_ft.recipe.section import Section
+from ray_ft.recipe.serve import Evaluate, Serve
+from ray_ft.recipe.train import Train
+
+
+class Recipe(Section):
+    run: Run
+    model: Model
+    data: Data
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    serve: Serve = Serve()
+
+    @model_validator(mode="after")
+    def _quantized_is_whole(self) -> Recipe:
+        if self.model.quantize and self.train.strategy != "none":
+            raise ValueError(
+                f"model.quantize: {self.model.quantize} keeps the whole 4-bit base on each worker, which "
+                f"train.strategy: {self.train.strategy} would cut up; set train.strategy: none, or model.quantize: null"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @property
+    def sha256(self) -> str:
+        """Identity of all settings, independent of how the file was written."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def save(self) -> None:
+        """Write the resolved recipe into the run directory."""
+        paths.write_text(self.run.dir.recipe, f"# resolved by ray-ft; sha256 {self.sha256}\n{self.to_yaml()}")

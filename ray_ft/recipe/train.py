@@ -1,0 +1,198 @@
+"""Training: strategy, optimizer, schedule, checkpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ray_ft import paths
+from ray_ft.recipe.section import Section
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Optimizer(Section):
+    name: Literal["adamw", "adafactor", "adamw_8bit"] = "adamw"
+    """AdamW (decoupled weight decay), Adafactor (factored second moments), or AdamW with 8-bit moments (GPU)."""
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
+    """Peak learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay; not applied to biases, norms and embeddings."""
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's term added to the denominator."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which trained weights are kept; bfloat16: half the memory, updates rounded stochastically."""
+    in_backward: bool = False
+    """Update each weight as soon as its gradient is there, so that only one layer's gradients exist at once."""
+
+
+class Schedule(Section):
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises linearly from zero."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Learning rate that the decay ends at, as a share of the peak."""
+
+
+class Checkpoint(Section):
+    every: Annotated[int, Field(ge=1)] = 100
+    """Steps between checkpoints; the last step is always saved."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Committed checkpoints that are kept."""
+
+
+class FSDP(Section):
+    """Settings of strategy fsdp."""
+
+    replicas: Annotated[int, Field(ge=1)] | Literal["nodes"] = 1
+    """Groups of workers that each hold a whole copy in shards (HSDP); nodes: one on each node."""
+    cpu_offload: bool = False
+    """Keep shards, gradients and optimizer state in host memory; the optimizer then runs on the CPU."""
+    reshard_after_forward: bool | Annotated[int, Field(ge=2)] = True
+    """Free a block's gathered weights after its forward pass; a number: keep them sharded over that many workers."""
+    prefetch: Annotated[int, Field(ge=0)] = 0
+    """Blocks whose gathering is started ahead; 0: PyTorch's own choice, the next one."""
+
+
+class Zero(Section):
+    """Settings of strategies zero1, zero2 and zero3."""
+
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where optimizer state and float32 weights are kept; none: on the GPU."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where parameters are kept between uses (zero3 only); none: on the GPU."""
+    nvme_path: str | None = None
+    """Local folder of each node for what is offloaded to nvme."""
+    config: str | None = None
+    """Your own DeepSpeed JSON; the recipe fills in what it leaves out, and refuses what contradicts the recipe."""
+
+    @field_validator("config")
+    @classmethod
+    def _absolute(cls, config: str | None) -> str | None:
+        return paths.absolute(config) if config else None
+
+    @model_validator(mode="after")
+    def _nvme_has_a_place(self) -> Zero:
+        if "nvme" in (self.offload_optimizer, self.offload_parameters) and not self.nvme_path:
+            raise ValueError("offloading to nvme needs nvme_path: a folder on each node's local disk")
+        return self
+
+
+class Train(Section):
+    strategy: Literal["fsdp", "zero1", "zero2", "zero3", "none"] = "fsdp"
+    """fsdp: parameters, gradients and optimizer sharded over the workers (FSDP2); zero1, zero2, zero3: DeepSpeed, which
+    shards the optimizer, gradients too, parameters too; none: replicated on each worker."""
+    workers: Annotated[int, Field(ge=0)] = 1
+    """Ray Train workers, one device each; 0: in this process, without Ray and without sharding, for a debugger."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where the cluster has GPUs."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    """CPUs that each worker reserves; also its number of compute threads on CPU."""
+    epochs: Annotated[int, Field(ge=1)] = 1
+    """Passes over the training rows."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps to train, in place of epochs."""
+    global_batch: Annotated[int, Field(ge=1)] = 16
+    """Rows of seq_len tokens in one optimizer step, over all workers."""
+    micro_batch: Annotated[int, Field(ge=1)] = 1
+    """Rows in one forward pass on one worker."""
+    fsdp: FSDP = FSDP()
+    zero: Zero = Zero()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest global norm of the gradient; null: no clipping."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    loss_chunk: Annotated[int, Field(ge=1)] = 1024
+    """Target tokens whose logits exist at once; the rest of the vocabulary × sequence never materialises."""
+    eval_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between evaluations of the loss on data.eval; null: only after the last step."""
+    log_every: Annotated[int, Field(ge=1)] = 10
+    """Steps between lines in metrics.jsonl."""
+    checkpoint: Checkpoint = Checkpoint()
+
+    @property
+    def world_size(self) -> int:
+        return max(self.workers, 1)
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes of one worker per optimizer step."""
+        return self.global_batch // (self.micro_batch * self.world_size)
+
+    @property
+    def rows_per_worker(self) -> int:
+        """Rows of one worker per optimizer step."""
+        return self.global_batch // self.world_size
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Train:
+        unit = self.micro_batch * self.world_size
+        if self.global_batch % unit:
+            below, above = self.global_batch // unit * unit, -(-self.global_batch // unit) * unit
+            per_worker = self.global_batch // self.world_size if self.global_batch % self.world_size == 0 else 0
+            micro = [m for m in range(1, per_worker + 1) if per_worker % m == 0]
+            nearest = " or ".join(str(v) for v in (below, above) if v)
+            ways = f"nearest valid global_batch: {nearest}"
+            if micro:
+                ways += f"; or keep it with micro_batch: {min(micro, key=lambda m: abs(m - self.micro_batch))}"
+            raise ValueError(
+                f"accumulation = global_batch ÷ (micro_batch × workers) = {self.global_batch} ÷ "
+                f"({self.micro_batch} × {self.world_size}) is not a whole number; {ways}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_of_this_strategy(self) -> Train:
+        # A setting that nothing reads would look as if it had an effect.
+        if self.zero != Zero() and not self.strategy.startswith("zero"):
+            raise ValueError(f"zero: is read by zero1, zero2 and zero3, and strategy is {self.strategy}; remove one")
+        if self.fsdp != FSDP() and self.strategy != "fsdp":
+            raise ValueError(f"fsdp: is read by strategy fsdp, and strategy is {self.strategy}; remove one")
+        if self.zero.offload_parameters != "none" and self.strategy != "zero3":
+            raise ValueError(
+                f"zero.offload_parameters: {self.zero.offload_parameters} needs sharded parameters, and strategy is "
+                f"{self.strategy}; set strategy: zero3, or offload_parameters: none"
+            )
+        replicas = self.fsdp.replicas
+        if isinstance(replicas, int) and self.world_size % replicas:
+            raise ValueError(f"fsdp.replicas: {replicas} does not divide workers: {self.workers}")
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> Train:
+        optimizer = self.optimizer
+        if optimizer.weights == "bfloat16" and optimizer.name == "adamw":
+            raise ValueError(
+                "optimizer.weights: bfloat16 needs an optimizer that rounds stochastically; "
+                "set optimizer.name: adafactor or adamw_8bit, or weights: float32"
+            )
+        if self.strategy.startswith("zero"):
+            # DeepSpeed owns its flat float32 copy of the weights and updates it after the backward pass.
+            for key, value, other in (
+                ("weights", optimizer.weights, "float32"),
+                ("in_backward", optimizer.in_backward, False),
+                ("name", optimizer.name if optimizer.name == "adamw_8bit" else "", ""),
+            ):
+                if value != other:
+                    raise ValueError(
+                        f"optimizer.{key}: {value} is for strategy fsdp and none, and strategy is {self.strategy}; "
+                        "set strategy: fsdp, or leave it out"
+                    )
+        if optimizer.in_backward:
+            if self.clip_norm is not None:
+                raise ValueError(
+                    f"optimizer.in_backward updates before the whole gradient's norm is known, and clip_norm is "
+                    f"{self.clip_norm}; set clip_norm: null (adafactor clips each update itself), or in_backward: false"
+                )
+            if self.accumulation > 1:
+                raise ValueError(
+                    f"optimizer.in_backward updates in every backward pass, and a step has {self.accumulation} of them; "
+                    f"set micro_batch: {self.rows_per_worker}, or in_backward: false"
+                )
+        return self
