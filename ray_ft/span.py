@@ -18,7 +18,8 @@ class Span:
     """The elements [start, start + len(data)) of a flattened tensor, as one worker holds them.
 
     Attributes:
-        data: one dimension, a view of the storage in use: writing into it changes the parameter or moment. May be empty.
+        data: one dimension, a view of the storage in use: writing into it changes the parameter or moment. May
+            be empty.
         start: offset of the first element in the flattened tensor.
         shape: of the whole tensor; () for a scalar.
         owner: whether this worker writes it into checkpoints. Of workers with the same elements one does.

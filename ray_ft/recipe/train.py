@@ -192,7 +192,7 @@ class Train(Section):
                 )
             if self.accumulation > 1:
                 raise ValueError(
-                    f"optimizer.in_backward updates in every backward pass, and a step has {self.accumulation} of them; "
+                    f"optimizer.in_backward updates in every backward pass, and a step has {self.accumulation}; "
                     f"set micro_batch: {self.rows_per_worker}, or in_backward: false"
                 )
         return self

@@ -99,6 +99,7 @@ class Strategy(ABC):
         Created where no step has created it yet. To be called between steps.
         """
 
+    @abstractmethod
     def restored(self) -> None:
         """To be called after the data of `spans` or `moments` have been changed: brings copies of them up to date."""
 

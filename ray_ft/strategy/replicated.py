@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ray_ft.strategy.base import NamedParameters, Strategy
+from ray_ft.span import Span
+from ray_ft.strategy.base import Updater
+from ray_ft.strategy.direct import Direct
 
 
-class Replicated(Strategy):
+class Replicated(Direct):
     def setup(
         self,
         module: nn.Module,
         blocks: Iterable[nn.Module],
-        fill: Callable[[], None],
-        make_optimizer: Callable[[NamedParameters], torch.optim.Optimizer],
+        fill: Callable[[Mapping[str, Span]], None],
+        make_optimizer: Updater,
     ) -> None:
-        module.to_empty(device=self.layout.device)
-        fill()
-        self.module = module
-        self.optimizer = make_optimizer(module.named_parameters())
+        self.module = module.to_empty(device=self.layout.device)
+        fill(self.spans())
+        self._make_optimizers(make_optimizer)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.layout.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.layout.device.type, dtype=self.layout.dtype)
 
-    def finish(self, clip_norm: float | None) -> torch.Tensor:
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
+    def _span(self, parameter: torch.Tensor) -> Span:
+        return Span.whole(parameter, owner=self.layout.rank == 0)
+
+    def _reduce(self, gradient: torch.Tensor) -> None:
+        self.all_reduce(gradient)
+
+    def _reduce_squares(self, total: torch.Tensor) -> torch.Tensor:
+        return total  # every worker has the whole gradient
+
+    def _complete(self) -> list[torch.Tensor]:
+        parameters = [p for _, p in self._trained()]
         for parameter in parameters:
             if parameter.grad is None:  # a worker whose rows were all padding still takes part in the sum
                 parameter.grad = torch.zeros_like(parameter)
             self.all_reduce(parameter.grad)
-        return torch.nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm is not None else float("inf"))
+        return parameters

@@ -146,6 +146,10 @@ class _Monitor:
                 self._view.line("stopping after this step, with a checkpoint; Ctrl-C again to stop at once")
                 self.stopping.set()
 
+    def say(self, line: str) -> None:
+        """Takes a line for people from the workers."""
+        self._view.line(line)
+
     def log(self, row: dict[str, float]) -> None:
         """Takes a row of metrics from the workers."""
         if self._first is None:
@@ -232,6 +236,9 @@ def _on_ray(job: worker.Job, monitor: _Monitor) -> int:
     cuda = _on_gpus(recipe)
     board = ray.remote(num_cpus=0)(_Board).remote()
     rows, total = recipe.train.global_batch, total_steps(recipe, job.order)
+    backend = "nccl" if cuda else "gloo"
+    if cuda and recipe.train.fsdp.cpu_offload:
+        backend = "cpu:gloo,cuda:nccl"  # the norm of gradients that lie in host memory is summed there
 
     def training_data() -> Any:  # called again whenever the workers are started, so it reads where the run stands now
         found = job.start()
@@ -242,7 +249,7 @@ def _on_ray(job: worker.Job, monitor: _Monitor) -> int:
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config={"job": job, "board": board, "cuda": cuda},
-        torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
+        torch_config=TorchConfig(backend=backend),
         scaling_config=ScalingConfig(
             num_workers=recipe.train.workers,
             use_gpu=cuda,
@@ -264,7 +271,10 @@ def _on_ray(job: worker.Job, monitor: _Monitor) -> int:
             over = ended.wait(0.25)
             if monitor.stop_requested():
                 board.stop.remote()
-            for row in ray.get(board.take.remote()):
+            lines, rows = ray.get(board.take.remote())
+            for line in lines:
+                monitor.say(line)
+            for row in rows:
                 monitor.log(row)
             if over:
                 return
@@ -284,9 +294,13 @@ class _Board:
     """An actor between the workers and whoever watches: metrics one way, the wish to stop the other."""
 
     def __init__(self) -> None:
+        self._lines: list[str] = []
         self._rows: list[dict[str, float]] = []
         self._stop = False
         self._finished = 0
+
+    def say(self, line: str) -> None:
+        self._lines.append(line)
 
     def push(self, row: dict[str, float]) -> None:
         self._rows.append(row)
@@ -295,9 +309,10 @@ class _Board:
     def finished(self) -> int:
         return self._finished
 
-    def take(self) -> list[dict[str, float]]:
-        rows, self._rows = self._rows, []
-        return rows
+    def take(self) -> tuple[list[str], list[dict[str, float]]]:
+        taken = self._lines, self._rows
+        self._lines, self._rows = [], []
+        return taken
 
     def stop(self) -> None:
         self._stop = True
@@ -312,6 +327,9 @@ class _BoardLink:
     def __init__(self, board: Any) -> None:
         self._board, self._asked = board, board.stopping.remote()
         self._pushed: Any = None
+
+    def say(self, line: str) -> None:
+        self._pushed = self._board.say.remote(line)
 
     def log(self, row: dict[str, float]) -> None:
         self._pushed = self._board.push.remote(row)
@@ -342,7 +360,12 @@ def _ray_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = get_device() if config["cuda"] else torch.device("cpu")
-    layout = Layout(rank, world, device, _dtype(job.recipe, config["cuda"]))
+    nodes = 1
+    if job.recipe.train.fsdp.replicas == "nodes":
+        ranks: list[Any] = [None] * world
+        torch.distributed.all_gather_object(ranks, context.get_node_rank())
+        nodes = len(set(ranks))
+    layout = Layout(rank, world, device, _dtype(job.recipe, config["cuda"]), nodes)
 
     def batches(order: Order, start: int, total: int) -> Any:
         shard, settings = ray.train.get_dataset_shard("train"), job.recipe.train

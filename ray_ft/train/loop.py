@@ -25,6 +25,9 @@ NAMED = 16  # samples of each worker that an error names
 class Link(Protocol):
     """What connects the loop to whoever started it."""
 
+    def say(self, line: str) -> None:
+        """Take a line for people; called by rank 0."""
+
     def log(self, row: dict[str, float]) -> None:
         """Take a row of metrics; called by rank 0."""
 
@@ -58,23 +61,24 @@ def train_step(strategy: Strategy, batch: Batch, settings: Train, lr: float, sto
         stop: whether this worker asks for the run to end after this step.
 
     Raises:
-        TrainingError: the gradient is not finite; nothing has been updated.
+        _NotFinite: the loss or the gradient is not finite; nothing has been updated (but see optimizer.in_backward).
     """
     device = strategy.layout.device
     targets = int(np.count_nonzero(batch.rows.flags & pack.TRAINED))
     shared = torch.tensor([targets, float(stop)], dtype=torch.float64, device=device)
     tokens, stops = strategy.all_reduce(shared).tolist()
-    losses = []
-    for micro in micro_batches(batch.rows, settings.micro_batch):
+    strategy.begin(lr)
+    losses: list[torch.Tensor] = []
+    parts = list(micro_batches(batch.rows, settings.micro_batch))
+    for micro in parts:
         with strategy.precision():
             loss = strategy.module(*tensors(micro, device))
-        strategy.backward(loss / tokens)
         losses.append(loss.detach())
-    norm = strategy.finish(settings.clip_norm).item()
+        strategy.backward(loss / tokens, last=len(losses) == len(parts))
     mean = strategy.all_reduce(torch.stack(losses).sum()).item() / tokens
-    if not (np.isfinite(norm) and np.isfinite(mean)):
+    norm = strategy.step(settings.clip_norm).item() if np.isfinite(mean) else np.nan
+    if not np.isfinite(norm):
         raise _NotFinite(mean, norm, torch.stack(losses).tolist())
-    strategy.update(lr)
     return StepResult(mean, norm, int(tokens), stops > 0)
 
 
@@ -109,7 +113,7 @@ def train(
         try:
             result = train_step(strategy, batch, settings, lr, stop=layout.rank == 0 and link.stop_requested())
         except _NotFinite as fault:
-            raise _explain(fault, step, batch, order, strategy.layout, settings.micro_batch) from None
+            raise _explain(fault, step, batch, order, strategy.layout, settings) from None
         finished = step + 1
         row = meter.step(finished, result.loss, result.norm, lr, batch.rows)
         held_out_due = held_out is not None and due(settings.eval_every, finished, total)
@@ -174,12 +178,13 @@ class _NotFinite(Exception):
         self.loss, self.norm, self.losses = loss, norm, losses
 
 
-def _explain(fault: _NotFinite, step: int, batch: Batch, order: Order, layout: Layout, size: int) -> TrainingError:
+def _explain(fault: _NotFinite, step: int, batch: Batch, order: Order, layout: Layout, settings: Train) -> TrainingError:
     """Names the step and the rows of micro-batches at fault; of all workers, as any one's error may be what is shown.
 
     Where every loss is finite and only the gradient is not, any row of the step may be the cause.
     """
     suspects = [np.isfinite(fault.loss) or not np.isfinite(loss) for loss in fault.losses]
+    size = settings.micro_batch
     names = [name for at in range(len(batch.rows)) if suspects[at // size] for name in order.locate(batch.first + at)]
     shares: list[list[str]] = [names]
     if layout.world > 1:
@@ -191,8 +196,9 @@ def _explain(fault: _NotFinite, step: int, batch: Batch, order: Order, layout: L
         if found:
             more = f" … ({len(found)})" if len(found) > NAMED else ""
             rows += f"; rows of worker {rank}: {', '.join(found[:NAMED])}{more}"
+    taken = "taken in part, within the backward pass" if settings.optimizer.in_backward else "not taken"
     return TrainingError(
-        f"step {step + 1}: loss {fault.loss:g}, gradient norm {fault.norm:g}; the step was not taken{rows}",
+        f"step {step + 1}: loss {fault.loss:g}, gradient norm {fault.norm:g}; the step was {taken}{rows}",
         [
             "lower train.optimizer.lr or add train.schedule.warmup_steps",
             "look at the named rows",

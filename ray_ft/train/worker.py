@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +14,18 @@ from ray_ft.data.order import Order
 from ray_ft.data.prepare import Prepared, Split
 from ray_ft.data.stream import Batch, ahead
 from ray_ft.errors import CheckpointError
-from ray_ft.model import adapt, load
+from ray_ft.model import adapt, adapter, attention, load
+from ray_ft.model.adapt import Adapted
 from ray_ft.model.loss import LossModel, decoder_layers
 from ray_ft.recipe import Recipe
-from ray_ft.strategy import Layout, make
+from ray_ft.span import Span
+from ray_ft.strategy import Layout, Strategy, make
 from ray_ft.train import checkpoint, optim
 from ray_ft.train.loop import Link, train
 from ray_ft.train.schedule import total_steps
+
+
+WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -98,37 +104,56 @@ def run(job: Job, layout: Layout, batches_from: BatchesFrom, link: Link) -> int:
     # Ray Data takes seconds to deliver its first rows; the model is built meanwhile.
     batches = ahead(batches_from(order, start, total))
 
+    strategy, adapted = build(recipe, layout)
+    if layout.rank == 0:
+        for line in adapted.lines:
+            link.say(line)
+
+    def save(step: int) -> None:
+        folder = recipe.run.dir.checkpoints
+        details = {"recipe_sha256": recipe.sha256, "world_size": layout.world, **job.identity()}
+        checkpoint.save(folder, step, state(strategy), details, layout.rank, layout.world)
+        if layout.rank == 0:
+            checkpoint.retain(folder, recipe.train.checkpoint.keep)
+
+    if found:
+        checkpoint.restore(found.location, state(strategy))
+        strategy.restored()
+    return train(strategy, batches, order, held_out, recipe.train, start, total, save, link)
+
+
+def build(recipe: Recipe, layout: Layout) -> tuple[Strategy, Adapted]:
+    """The recipe's model, laid out over the workers, with the base's weights and a new optimizer, ready to train."""
     folder = paths.model_folder(recipe.model.path)
-    model = load.build(load.load_config(folder), recipe.model.attention)
-    adapt.freeze(model, recipe.model.freeze)
+    config = load.load_config(folder)
+    chosen = attention.choose(recipe.model.attention, layout.device.type, config)
+    model = load.build(config, chosen.implementation)
+    adapted = adapt.adapt(model, recipe.model, WEIGHTS[recipe.train.optimizer.weights], layout.dtype)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     module = LossModel(model, recipe.train.loss_chunk)
+
+    def fill(spans: Mapping[str, Span]) -> None:
+        load.fill(model, folder, spans)
+        if recipe.model.adapter:
+            adapter.initialise(model, spans, recipe.run.seed)
 
     strategy = make(recipe, layout)
     strategy.setup(
         module,
         decoder_layers(model),
-        fill=lambda: load.fill(model, folder),
-        make_optimizer=lambda parameters: optim.build(recipe.train.optimizer, parameters),
+        fill,
+        make_optimizer=partial(optim.build, recipe.train.optimizer, seed=recipe.run.seed),
     )
-
-    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-    def state() -> dict[str, Any]:
-        return {
-            "model": {name: parameter for parameter, name in names.items()},
-            "optim": optim.state_tensors(strategy.optimizer, names),
-        }
-
-    def save(step: int) -> None:
-        folder = recipe.run.dir.checkpoints
-        details = {"recipe_sha256": recipe.sha256, "world_size": layout.world, **job.identity()}
-        checkpoint.save(folder, step, state(), details, layout.rank, layout.world)
-        if layout.rank == 0:
-            checkpoint.retain(folder, recipe.train.checkpoint.keep)
-
-    if found:
-        checkpoint.restore(found.location, state(), layout.world)
     module.train()
-    return train(strategy, batches, order, held_out, recipe.train, start, total, save, link)
+    return strategy, adapted
+
+
+def state(strategy: Strategy) -> dict[str, Span]:
+    """What a checkpoint holds: trained parameters and the optimizer's state, by qualified name. Between steps only."""
+    moments = strategy.moments()
+    spans = strategy.spans()
+    return {
+        **{f"model/{name}": spans[name] for name in moments},
+        **{f"optim/{name}/{moment}": span for name, held in moments.items() for moment, span in held.items()},
+    }

@@ -26,11 +26,9 @@ from torch.distributed.tensor import DTensor
 from ray_ft import recipe as recipes
 from ray_ft.data import stream
 from ray_ft.demo import PROMPT, DemoPaths
-from ray_ft.model import adapt, load
-from ray_ft.model.loss import LossModel, decoder_layers
 from ray_ft.recipe import Recipe
-from ray_ft.strategy import Layout, Strategy, make
-from ray_ft.train import optim, worker
+from ray_ft.strategy import Layout, Strategy
+from ray_ft.train import worker
 
 # ------------------------------------------------------------------------------------------------------- processes
 
@@ -143,18 +141,7 @@ def recipe_of(demo: DemoPaths, storage: str | Path, *overrides: str) -> Recipe:
 
 def build(recipe: Recipe, rank: int = 0, world: int = 1, dtype: torch.dtype = torch.float32) -> Strategy:
     """The recipe's model under its strategy, filled from its base, in training mode: what `worker.run` builds."""
-    model = load.build(load.load_config(recipe.model.path), recipe.model.attention)
-    adapt.freeze(model, recipe.model.freeze)
-    module = LossModel(model, recipe.train.loss_chunk)
-    strategy = make(recipe, Layout(rank, world, torch.device("cpu"), dtype))
-    strategy.setup(
-        module,
-        decoder_layers(model),
-        fill=lambda: load.fill(model, recipe.model.path),
-        make_optimizer=lambda parameters: optim.build(recipe.train.optimizer, parameters),
-    )
-    module.train()
-    return strategy
+    return worker.build(recipe, Layout(rank, world, torch.device("cpu"), dtype))[0]
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -173,7 +160,11 @@ class FakeLink:
 
     stop_after: int | None = None
     rows: list[dict[str, float]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
     asked: int = 0
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
 
     def log(self, row: dict[str, float]) -> None:
         self.rows.append(row)
