@@ -10,7 +10,7 @@ Further tables: a checkpoint written under each of {fsdp, zero3} × {1, 2, 4 wor
 other; training goes on to the end and has to give the losses and weights of a run that nobody interrupted.
 
 Workers are processes joined by gloo, one thread each, without Ray: what is compared is what a step computes. Exits
-with 1 if a difference is over its limit: 1e-4 in float32, 1e-2 in bfloat16, relative. Takes about ten minutes on two cores.
+with 1 if a difference is over its limit: 1e-4 in float32, 1e-2 in bfloat16, relative. Takes some minutes on two cores.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def whole_weights(strategy: Strategy) -> dict[str, torch.Tensor]:
 def run_cell(cell: Cell, folder: str, job: worker.Job, steps: int, rank: int) -> Result:
     recipe = recipe_of(folder, steps, *cell.overrides())
     layout = Layout(rank, cell.workers, torch.device("cpu"), DTYPES[cell.dtype])
-    strategy, _ = worker.build(recipe, layout)
+    strategy = worker.build(recipe, layout).strategy
     losses = steps_of(recipe, strategy, job.order, 0, steps, steps)
     return Result(losses, whole_weights(strategy))
 
@@ -174,10 +174,10 @@ def with_adapter(model: Any, recipe: Recipe) -> Any:
     """peft's own adapter on every linear layer, with the values that ours begins with."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    ours, _ = worker.build(
+    ours = worker.build(
         recipe.model_copy(update={"train": recipe.train.model_copy(update={"strategy": "none"})}),
         Layout(0, 1, torch.device("cpu"), torch.float32),
-    )
+    ).strategy
     start = {name: span.data.view(span.shape) for name, span in ours.spans().items() if ".lora_" in name}
     settings = recipe.model.adapter
     assert settings is not None
@@ -231,15 +231,18 @@ def loss_difference(found: Result, expected: Result) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(found.losses, expected.losses, strict=True))
 
 
-def weight_difference(found: Result, expected: Result) -> float:
-    """‖found − expected‖ ÷ ‖expected‖ over all trained weights."""
+def weight_difference(found: Result, expected: Result) -> tuple[float, float]:
+    """‖found − expected‖ ÷ ‖expected‖ of all trained weights as one vector, and the largest of a single tensor.
+
+    Tensors that begin at zero (norms' deviations, LoRA's B) are the latter: there it compares what training added, into
+    which Adam turns the rounding noise of bfloat16 in full.
+    """
     if found.weights.keys() != expected.weights.keys():
         raise SystemExit(f"other weights are trained: {sorted(found.weights.keys() ^ expected.weights.keys())[:4]}")
-    squares = [
-        ((found.weights[n].double() - w.double()).square().sum(), w.double().square().sum())
-        for n, w in expected.weights.items()
-    ]
-    return float((sum(a for a, _ in squares) / sum(b for _, b in squares)).sqrt())
+    distances = {n: (found.weights[n].double() - w.double()).norm() for n, w in expected.weights.items()}
+    norms = {n: w.double().norm() for n, w in expected.weights.items()}
+    whole = torch.stack(list(distances.values())).norm() / torch.stack(list(norms.values())).norm()
+    return float(whole), max(float(distances[n] / norms[n]) for n in norms)
 
 
 def parity(folder: str, job: worker.Job, steps: int, quick: bool) -> tuple[Table, list[dict[str, Any]]]:
@@ -261,7 +264,7 @@ def parity(folder: str, job: worker.Job, steps: int, quick: bool) -> tuple[Table
     for workers in sorted({cell.workers for cell in cells}):
         mine = [cell for cell in cells if cell.workers == workers]
         results |= dict(zip(mine, spawn(workers, folder, "run_cell", mine, job, steps), strict=True))
-    table = Table(title=f"{steps} steps against a plain float32 loop: largest relative difference (loss, weights)")
+    table = Table(title=f"{steps} steps against a plain float32 loop, relative: loss, weights, worst tensor")
     for column in ("training", "dtype", "accumulation", *(f"{s} × {w}" for s in strategies for w in (1, 2))):
         table.add_column(column, justify="right" if "×" in column else "left")
     rows = []
@@ -275,16 +278,16 @@ def parity(folder: str, job: worker.Job, steps: int, quick: bool) -> tuple[Table
                         if cell not in results:
                             texts.append("")
                             continue
-                        differences = [
-                            loss_difference(results[cell], references[tuning]),
-                            weight_difference(results[cell], references[tuning]),
-                        ]
-                        good = max(differences) <= limit  # also false for NaN
-                        rows.append({**cell.__dict__, "loss": differences[0], "weights": differences[1], "ok": good})
-                        texts.append(("" if good else "[red]") + " ".join(f"{d:.0e}" for d in differences))
+                        loss = loss_difference(results[cell], references[tuning])
+                        whole, worst = weight_difference(results[cell], references[tuning])
+                        good = max(loss, whole) <= limit  # also false for NaN
+                        if dtype == "float32":
+                            good = good and worst <= limit
+                        rows.append({**cell.__dict__, "loss": loss, "weights": whole, "tensor": worst, "ok": good})
+                        texts.append(("" if good else "[red]") + " ".join(f"{d:.0e}" for d in (loss, whole, worst)))
                 if any(texts):
                     table.add_row(tuning, dtype, str(accumulation), *texts)
-    table.caption = "limits: " + ", ".join(f"{dtype} {limit:.0e}" for dtype, limit in LIMITS.items())
+    table.caption = "limits: float32 1e-04, each; bfloat16 1e-02, loss and weights"
     return table, rows
 
 
@@ -307,7 +310,7 @@ class Leg:
 def run_leg(leg: Leg, folder: str, job: worker.Job, steps: int, rank: int) -> Result:
     strategy_name, workers = leg.target or leg.source
     recipe = recipe_of(folder, steps, *Cell(strategy_name, workers, leg.tuning, 1, "float32").overrides())
-    strategy, _ = worker.build(recipe, Layout(rank, workers, torch.device("cpu"), torch.float32))
+    strategy = worker.build(recipe, Layout(rank, workers, torch.device("cpu"), torch.float32)).strategy
     half, where = steps // 2, f"{folder}/{leg.where}"
     if leg.target is None:
         losses = steps_of(recipe, strategy, job.order, 0, half, steps)
@@ -346,7 +349,7 @@ def cross_restore(folder: str, job: worker.Job, steps: int, quick: bool) -> tupl
             for target in ways:
                 first, second = answers[Leg(source, None, tuning)], answers[Leg(source, target, tuning)]
                 joined = Result([*first.losses, *second.losses], second.weights)
-                difference = max(loss_difference(joined, expected), weight_difference(joined, expected))
+                difference = max(loss_difference(joined, expected), *weight_difference(joined, expected))
                 good = difference <= LIMITS["float32"]
                 rows.append(
                     {"source": source, "target": target, "tuning": tuning, "difference": difference, "ok": good}

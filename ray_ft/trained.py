@@ -1,4 +1,5 @@
-"""The trained model of a run, put together in one process: the base's weights with the newest checkpoint over them."""
+"""The trained model of a run, put together in one process: the base's weights with the newest checkpoint over them,
+and the adapter, where there is one, beside."""
 
 from __future__ import annotations
 
@@ -11,11 +12,16 @@ from ray_ft import paths, recipe
 from ray_ft.data.prepare import Prepared, Split
 from ray_ft.data.prepare import load as load_prepared
 from ray_ft.errors import CheckpointError
-from ray_ft.model import load
-from ray_ft.train import checkpoint
+from ray_ft.model import adapt, adapter, attention, load, quantize
+from ray_ft.span import Span
+from ray_ft.train import checkpoint, shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+#: Of names of parameters in a checkpoint.
+SECTION = "model/"
 
 
 @dataclass(frozen=True)
@@ -51,14 +57,14 @@ class Trained:
         return cls(directory, settings, found, paths.model_folder(settings.model.path))
 
     def trained_names(self) -> set[str]:
-        """Parameters that the checkpoint holds; all others are the base's."""
-        prefix = "model."
-        names = checkpoint.read_metadata(self.found.location)
-        return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        """Parameters that the checkpoint holds, an adapter's included; all others are the base's."""
+        names = shards.read_index(self.found.location)
+        return {name.removeprefix(SECTION) for name in names if name.startswith(SECTION)}
 
     def read(self, tensors: dict[str, torch.Tensor]) -> None:
         """Fill some of `trained_names`, in place; each is converted to the dtype of the tensor given."""
-        checkpoint.restore(self.found.location, {"model": tensors}, world=1, partial=True)
+        spans = {SECTION + name: Span.whole(tensor) for name, tensor in tensors.items()}
+        checkpoint.restore(self.found.location, spans, partial=True)
 
     def prepared(self, split: Split) -> Prepared | None:
         """The packed rows that the run was trained or evaluated on; None where it had no such data.
@@ -81,10 +87,26 @@ class Trained:
         )
 
     def model(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        """The whole trained model on one device, ready to answer."""
-        model = load.build(load.load_config(self.base), self.recipe.model.attention, dtype)
-        model.to_empty(device=device)
-        load.fill(model, self.base)
+        """The whole trained model on one device, its adapter beside the base, ready to answer.
+
+        Where the base was trained in 4 bits, it is held so on a GPU; elsewhere in `dtype`, with the same values.
+
+        Raises:
+            CheckpointError: the checkpoint and the recipe's model do not hold the same adapter and parameters.
+        """
+        config, settings = load.load_config(self.base), self.recipe.model
+        chosen = attention.choose(settings.attention, device.type, config)
+        model = load.build(config, chosen.implementation, dtype)
+        adapted = adapt.adapt(model, settings, dtype, dtype, packed=device.type == "cuda")
+        load.allocate(model, device)
+        load.fill(model, self.base, {name: Span.whole(parameter) for name, parameter in model.named_parameters()})
         names = self.trained_names()
-        self.read({name: parameter.data for name, parameter in model.named_parameters() if name in names})
+        trained = {}
+        for name, parameter in model.named_parameters():
+            stored = adapter.stored_name(name)
+            if stored in adapted.quantized and device.type != "cuda":
+                parameter.data.copy_(quantize.rounded(parameter.data, dtype))
+            if stored is None or name in names:
+                trained[SECTION + name] = Span.whole(parameter)
+        checkpoint.restore(self.found.location, trained)
         return model.eval()

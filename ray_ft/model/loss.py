@@ -45,8 +45,10 @@ class LossModel(nn.Module):
             float32 scalar. It depends on every trained parameter also when no token is a target, so that no worker
             leaves a collective operation out.
         """
-        backbone = getattr(self.model, self.model.base_model_prefix)
-        hidden = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        # The language model itself: text passes by a vision-language model's towers, and its masks stay those of text.
+        hidden = self.model.get_decoder()(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
         targets = labels[:, 1:]
         wanted = targets != IGNORE
         states, words = hidden[:, :-1][wanted], targets[wanted]
@@ -65,6 +67,7 @@ class LossModel(nn.Module):
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a transformer, in order: what is sharded and recomputed as a unit."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    """The repeated blocks of a transformer and its towers, in order: what is sharded and recomputed as a unit."""
+    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return [block for blocks in lists for block in blocks if type(block).__name__ in names]

@@ -132,6 +132,8 @@ def _fault(item: Any) -> str:
             f"; did you mean {near[0]!r}?" if near else ""
         )
     message = item["msg"].removeprefix("Value error, ")
+    if not key:  # a rule between sections
+        return message
     return f"{key}: {message}" if item["type"] == "value_error" else f"{key} = {item['input']!r}: {message}"
 
 

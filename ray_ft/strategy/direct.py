@@ -82,7 +82,7 @@ class Direct(Strategy):
         if self._in_backward is not None:
             return self._in_backward.norm()
         parameters = self._complete()
-        norm = self._clip(parameters, clip_norm if clip_norm is not None else float("inf"))
+        norm = self._clip(parameters, clip_norm)
         if torch.isfinite(norm):
             for optimizer in self._optimizers:
                 optimizer.step()
@@ -90,5 +90,11 @@ class Direct(Strategy):
             optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _clip(self, parameters: list[torch.Tensor], largest: float) -> torch.Tensor:
-        return torch.nn.utils.clip_grad_norm_(parameters, largest)
+    def _clip(self, parameters: list[torch.Tensor], largest: float | None) -> torch.Tensor:
+        """As `torch.nn.utils.clip_grad_norm_`, whose norm of bfloat16 gradients has bfloat16's three digits."""
+        gradients = [state.local(p.grad) for p in parameters if p.grad is not None]
+        squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in gradients]).sum()
+        norm = self._reduce_squares(squares).sqrt()
+        if largest is not None:
+            torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
+        return norm

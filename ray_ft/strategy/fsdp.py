@@ -19,6 +19,7 @@ from ray_ft import recipe
 from ray_ft.errors import ResourceError
 from ray_ft.span import Span
 from ray_ft.strategy.base import Layout, Updater
+from ray_ft.strategy.collective import all_reduce
 from ray_ft.strategy.direct import Direct
 
 
@@ -99,15 +100,10 @@ class FSDP(Direct):
         return self._mesh.get_group("shard")
 
     def _reduce_squares(self, total: torch.Tensor) -> torch.Tensor:
-        torch.distributed.all_reduce(total, group=self._mesh.get_group("shard"))
-        return total
+        return all_reduce(total, self._mesh.get_group("shard"))
 
     def _complete(self) -> list[torch.Tensor]:
         return [p for _, p in self._trained() if p.grad is not None]
-
-    def _clip(self, parameters: list[torch.Tensor], largest: float) -> torch.Tensor:
-        norm = super()._clip(parameters, largest)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _mesh(layout: Layout, replicas: int | str) -> DeviceMesh:

@@ -22,7 +22,7 @@ class Replicated(Direct):
         fill: Callable[[Mapping[str, Span]], None],
         make_optimizer: Updater,
     ) -> None:
-        self.module = module.to_empty(device=self.layout.device)
+        self.module = _to_empty(module, self.layout.device)
         fill(self.spans())
         self._make_optimizers(make_optimizer)
 
@@ -47,3 +47,16 @@ class Replicated(Direct):
                 parameter.grad = torch.zeros_like(parameter)
             self.all_reduce(parameter.grad)
         return parameters
+
+
+def _to_empty(module: nn.Module, device: torch.device) -> nn.Module:
+    """Allocate a module that is on the meta device; parameters that are one stay one, which torch alone forgets."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(parameter, []).append((part, name))
+    module.to_empty(device=device)
+    for (first, name), *others in places.values():
+        for part, other in others:
+            setattr(part, other, getattr(first, name))
+    return module

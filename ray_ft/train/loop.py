@@ -92,9 +92,10 @@ def train(
     total: int,
     save: Saver,
     link: Link,
+    meter: Meter,
 ) -> int:
     """Train from step `start` to `total`, evaluating, saving and logging as the recipe says. Returns the steps done."""
-    layout, meter = strategy.layout, Meter(strategy, settings)
+    layout = strategy.layout
     stream = iter(batches)
     finished = start
     for step in range(start, total):
@@ -178,7 +179,9 @@ class _NotFinite(Exception):
         self.loss, self.norm, self.losses = loss, norm, losses
 
 
-def _explain(fault: _NotFinite, step: int, batch: Batch, order: Order, layout: Layout, settings: Train) -> TrainingError:
+def _explain(
+    fault: _NotFinite, step: int, batch: Batch, order: Order, layout: Layout, settings: Train
+) -> TrainingError:
     """Names the step and the rows of micro-batches at fault; of all workers, as any one's error may be what is shown.
 
     Where every loss is finite and only the gradient is not, any row of the step may be the cause.

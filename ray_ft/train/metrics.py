@@ -14,8 +14,7 @@ import torch
 
 from ray_ft import paths
 from ray_ft.data import pack
-from ray_ft.recipe import Train
-from ray_ft.strategy.base import Strategy
+from ray_ft.strategy.base import Layout
 
 #: Dense bfloat16 peak in FLOP/s by a part of the device's name, from NVIDIA's data sheets (without sparsity).
 PEAK_FLOPS = {
@@ -37,29 +36,16 @@ def peak_flops(device: torch.device) -> float | None:
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 
-def flops_per_token(module: torch.nn.Module) -> float:
-    """Matrix-product FLOPs of a training step per token: 6 per trained weight, 4 per frozen one (it has no gradient).
-
-    Counted as in Kaplan et al. 2020, without attention scores, and without embedding look-ups unless the matrix is also
-    the output projection. An under-count, so MFU is never flattered.
-    """
-    total = 0
-    for name, parameter in module.named_parameters():
-        if parameter.dim() >= 2 and not ("embed" in name and _has_own_head(module)):
-            total += parameter.numel() * (6 if parameter.requires_grad else 4)
-    return float(total)
-
-
-def _has_own_head(module: torch.nn.Module) -> bool:
-    return any("lm_head" in name for name, _ in module.named_parameters())
-
-
 class Meter:
-    """Counts since the last row of metrics. Rates are over the time spent training, without evaluating and saving."""
+    """Counts since the last row of metrics. Rates are over the time spent training, without evaluating and saving.
 
-    def __init__(self, strategy: Strategy, settings: Train) -> None:
-        self._strategy, self._settings = strategy, settings
-        self._flops, self._peak = flops_per_token(strategy.module), peak_flops(strategy.layout.device)
+    Args:
+        flops_per_token: of a training step; see `ray_ft.model.flops`.
+    """
+
+    def __init__(self, layout: Layout, flops_per_token: float) -> None:
+        self._layout = layout
+        self._flops, self._peak = flops_per_token, peak_flops(layout.device)
         self._reset()
 
     def _reset(self) -> None:
@@ -86,7 +72,7 @@ class Meter:
 
     def row(self, row: dict[str, float]) -> dict[str, float]:
         """The row completed with rates over all workers (each worker's share is taken to be alike); starts anew."""
-        layout, seconds = self._strategy.layout, max(self._trained, 1e-9)
+        layout, seconds = self._layout, max(self._trained, 1e-9)
         row["tokens_per_second"] = self._tokens * layout.world / seconds
         row["step_seconds"] = seconds / max(self._steps, 1)
         row["data_wait_share"] = self._wait / seconds

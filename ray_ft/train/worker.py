@@ -14,16 +14,16 @@ from ray_ft.data.order import Order
 from ray_ft.data.prepare import Prepared, Split
 from ray_ft.data.stream import Batch, ahead
 from ray_ft.errors import CheckpointError
-from ray_ft.model import adapt, adapter, attention, load
-from ray_ft.model.adapt import Adapted
+from ray_ft.model import adapt, adapter, attention, load, quantize
+from ray_ft.model.flops import flops_per_token
 from ray_ft.model.loss import LossModel, decoder_layers
 from ray_ft.recipe import Recipe
 from ray_ft.span import Span
 from ray_ft.strategy import Layout, Strategy, make
 from ray_ft.train import checkpoint, optim
 from ray_ft.train.loop import Link, train
+from ray_ft.train.metrics import Meter
 from ray_ft.train.schedule import total_steps
-
 
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -104,9 +104,10 @@ def run(job: Job, layout: Layout, batches_from: BatchesFrom, link: Link) -> int:
     # Ray Data takes seconds to deliver its first rows; the model is built meanwhile.
     batches = ahead(batches_from(order, start, total))
 
-    strategy, adapted = build(recipe, layout)
+    built = build(recipe, layout)
+    strategy = built.strategy
     if layout.rank == 0:
-        for line in adapted.lines:
+        for line in built.lines:
             link.say(line)
 
     def save(step: int) -> None:
@@ -119,11 +120,23 @@ def run(job: Job, layout: Layout, batches_from: BatchesFrom, link: Link) -> int:
     if found:
         checkpoint.restore(found.location, state(strategy))
         strategy.restored()
-    return train(strategy, batches, order, held_out, recipe.train, start, total, save, link)
+    meter = Meter(layout, built.flops_per_token)
+    return train(strategy, batches, order, held_out, recipe.train, start, total, save, link, meter)
 
 
-def build(recipe: Recipe, layout: Layout) -> tuple[Strategy, Adapted]:
+@dataclass(frozen=True)
+class Built:
+    """A strategy that is ready to train; `lines` say to people what was chosen and why."""
+
+    strategy: Strategy
+    lines: list[str]
+    flops_per_token: float
+
+
+def build(recipe: Recipe, layout: Layout) -> Built:
     """The recipe's model, laid out over the workers, with the base's weights and a new optimizer, ready to train."""
+    if recipe.model.quantize:
+        quantize.check(layout.device.type)
     folder = paths.model_folder(recipe.model.path)
     config = load.load_config(folder)
     chosen = attention.choose(recipe.model.attention, layout.device.type, config)
@@ -131,6 +144,7 @@ def build(recipe: Recipe, layout: Layout) -> tuple[Strategy, Adapted]:
     adapted = adapt.adapt(model, recipe.model, WEIGHTS[recipe.train.optimizer.weights], layout.dtype)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    flops = flops_per_token(model)  # before a strategy cuts the parameters up
     module = LossModel(model, recipe.train.loss_chunk)
 
     def fill(spans: Mapping[str, Span]) -> None:
@@ -146,7 +160,7 @@ def build(recipe: Recipe, layout: Layout) -> tuple[Strategy, Adapted]:
         make_optimizer=partial(optim.build, recipe.train.optimizer, seed=recipe.run.seed),
     )
     module.train()
-    return strategy, adapted
+    return Built(strategy, [*adapted.lines, f"attention: {chosen.reason}"], flops)
 
 
 def state(strategy: Strategy) -> dict[str, Span]:

@@ -28,7 +28,8 @@ from ray_ft.errors import CheckpointError, DataError, ExportError, ModelError, R
 from ray_ft.export import export
 from ray_ft.paths import Manifest
 from ray_ft.recipe import Recipe
-from ray_ft.train import checkpoint, launch
+from ray_ft.span import Span
+from ray_ft.train import checkpoint, launch, shards
 from ray_ft.train.metrics import read_metrics
 from ray_ft.view import View
 
@@ -176,18 +177,14 @@ def copied(trained: Recipe, tmp_path: Path) -> Path:
 
 def damage(run: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     """Rewrite the newest checkpoint's weights."""
-    import torch.distributed.checkpoint as dcp
-
     found = checkpoint.newest(str(run / "checkpoints"))
     assert found is not None
-    tensors = {
-        name.removeprefix("model."): torch.empty(meta.size)
-        for name, meta in checkpoint.read_metadata(found.location).items()
-        if name.startswith("model.")
-    }
-    checkpoint.restore(found.location, {"model": tensors}, world=1)
-    change(tensors)
-    dcp.save({"model": tensors}, checkpoint_id=found.location, no_dist=True)
+    index = shards.read_index(found.location)
+    tensors = {key: torch.empty(stored.shape, dtype=stored.dtype) for key, stored in index.items()}
+    spans = {key: Span.whole(tensor) for key, tensor in tensors.items()}
+    checkpoint.restore(found.location, spans)
+    change({key.removeprefix("model/"): tensor for key, tensor in tensors.items() if key.startswith("model/")})
+    shards.write_index(found.location, [shards.write(found.location, 0, spans)])
     files = {entry: os.path.getsize(os.path.join(found.location, entry)) for entry in os.listdir(found.location)}
     files.pop("COMMITTED")
     paths.write_json(os.path.join(found.location, "COMMITTED"), {"files": files})

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ray_ft import recipe as recipes
 from ray_ft.data import stream
@@ -141,17 +139,18 @@ def recipe_of(demo: DemoPaths, storage: str | Path, *overrides: str) -> Recipe:
 
 def build(recipe: Recipe, rank: int = 0, world: int = 1, dtype: torch.dtype = torch.float32) -> Strategy:
     """The recipe's model under its strategy, filled from its base, in training mode: what `worker.run` builds."""
-    return worker.build(recipe, Layout(rank, world, torch.device("cpu"), dtype))[0]
+    return worker.build(recipe, Layout(rank, world, torch.device("cpu"), dtype)).strategy
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of a tensor, gathered where it is sharded."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
-def weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Whole parameters by the names that they have in the Hugging Face model."""
-    return {name.removeprefix("model."): whole(p) for name, p in module.named_parameters()}
+def weights(strategy: Strategy) -> dict[str, torch.Tensor]:
+    """Whole parameters by the names that they have in the Hugging Face model, put together from all ranks' runs."""
+    found = {}
+    for name, span in strategy.spans().items():
+        whole = torch.zeros(span.numel, dtype=span.data.dtype)
+        if span.owner:
+            whole[span.start : span.stop] = span.data
+        found[name] = strategy.all_reduce(whole).view(span.shape)
+    return found
 
 
 @dataclass

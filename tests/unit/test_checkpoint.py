@@ -18,7 +18,8 @@ from ray_ft import paths
 from ray_ft.data import stream
 from ray_ft.demo import DemoPaths
 from ray_ft.errors import CheckpointError
-from ray_ft.train import checkpoint, launch, worker
+from ray_ft.span import Span
+from ray_ft.train import checkpoint, launch, shards, worker
 from ray_ft.train.metrics import read_metrics
 from ray_ft.view import View
 
@@ -47,59 +48,65 @@ def kind(name: str, world: int, optimizer: str, strategy: str = "fsdp") -> list[
     return [f"run.name={name}", *(f"train.{key}={value}" for key, value in settings.items())]
 
 
-def test_training_goes_on_at_another_number_of_workers_as_if_nothing_had_happened(
+#: strategy × workers; each writes a checkpoint in mid-run, and another one goes on from it.
+LEGS = [
+    ("adamw", ("fsdp", 1), ("fsdp", 2)),
+    ("adamw", ("fsdp", 2), ("zero3", 1)),
+    ("adamw", ("zero3", 2), ("none", 1)),
+    ("adamw", ("zero1", 2), ("fsdp", 1)),
+    ("adamw", ("none", 1), ("zero2", 2)),
+    ("adafactor", ("fsdp", 2), ("fsdp", 1)),
+    ("adafactor", ("zero3", 2), ("fsdp", 1)),
+    ("adafactor", ("fsdp", 1), ("zero3", 2)),
+    ("adafactor", ("zero2", 2), ("zero3", 1)),
+]
+
+
+def test_training_goes_on_under_another_strategy_and_number_of_workers_as_if_nothing_had_happened(
     demo: DemoPaths, tmp_path: Path
 ) -> None:
-    def job(name: str, world: int, optimizer: str, strategy: str = "fsdp") -> worker.Job:
-        return job_of(demo, tmp_path, *kind(name, world, optimizer, strategy))
+    def job(name: str, way: tuple[str, int], optimizer: str) -> worker.Job:
+        return job_of(demo, tmp_path, *kind(name, way[1], optimizer, way[0]))
+
+    def trained(tasks: list[tuple[int, tuple[worker.Job, int | None]]]) -> dict[int, Any]:
+        """Runs (number, (job, stop_after)) on as many workers as each job has; rank 0's answers by number."""
+        answers: dict[int, Any] = {}
+        for world in (1, 2):
+            mine = [(at, task) for at, task in tasks if task[0].recipe.train.workers == world]
+            results = run(world, run_jobs, [task for _, task in mine], seconds=240)[0]
+            answers |= {at: result for (at, _), result in zip(mine, results, strict=True)}
+        return answers
 
     optimizers = ["adamw", "adafactor"]
-    both = {name: [(job(f"{name}-12", 1, name), 3), (job(f"{name}-whole", 1, name), None)] for name in optimizers}
-    first = run(1, run_jobs, [*both["adamw"], *both["adafactor"]])[0]
-    halves, whole = dict(zip(optimizers, first[::2], strict=True)), dict(zip(optimizers, first[1::2], strict=True))
+    names = [f"{optimizer}-{at}" for at, (optimizer, _, _) in enumerate(LEGS)]
+    firsts = [(at, (job(names[at], before, name), 3)) for at, (name, before, _) in enumerate(LEGS)]
+    wholes = [(100 + at, (job(f"{name}-whole", ("none", 1), name), None)) for at, name in enumerate(optimizers)]
+    answers = trained([*firsts, *wholes])
+    seconds = trained([(at, (job(names[at], after, name), None)) for at, (name, _, after) in enumerate(LEGS)])
 
-    two = [(job(f"{name}-12", 2, name), None) for name in optimizers]  # 1 → 2
-    two += [(job(f"{name}-21", 2, name), 3) for name in optimizers]
-    two += [(job("adamw-2n", 2, "adamw"), 3)]
-    on_two = run(2, run_jobs, two)[0]  # rank 0 logs
+    for at, (optimizer, before, after) in enumerate(LEGS):
+        leg = f"{optimizer}: {before} → {after}"
+        _, expected = answers[100 + optimizers.index(optimizer)]
+        losses = [row["loss"] for row in expected]
+        assert len(losses) == STEPS
+        assert losses[0] - losses[-1] > 0.1
+        assert answers[at][0] == 3
+        rows = [*answers[at][1], *seconds[at][1]]
+        assert [row["loss"] for row in rows] == pytest.approx(losses, rel=2e-5), leg
+        assert rows[-1]["eval_loss"] == pytest.approx(expected[-1]["eval_loss"], rel=2e-5), leg
 
-    one = [(job(f"{name}-21", 1, name), None) for name in optimizers]  # 2 → 1
-    one += [(job("adamw-2n", 1, "adamw", "none"), None)]  # and under the other strategy
-    on_one = run(1, run_jobs, one)[0]
-
-    def losses(*runs: tuple[int, list[dict[str, float]]]) -> list[float]:
-        return [row["loss"] for _, rows in runs for row in rows]
-
-    for at, name in enumerate(optimizers):
-        expected = losses(whole[name])
-        assert len(expected) == STEPS
-        assert expected[0] - expected[-1] > 0.1
-        assert halves[name][0] == 3
-        assert losses(halves[name], on_two[at]) == pytest.approx(expected, rel=2e-5), f"{name} 1 → 2"
-        assert losses(on_two[2 + at], on_one[at]) == pytest.approx(expected, rel=2e-5), f"{name} 2 → 1"
-        evaluations = [r[-1][1][-1]["eval_loss"] for r in ([whole[name]], [on_two[at]], [on_one[at]])]
-        assert evaluations == pytest.approx(evaluations[:1] * 3, rel=2e-5)
-    assert losses(on_two[4], on_one[2]) == pytest.approx(losses(whole["adamw"]), rel=2e-5)
-
-    # The optimizer's moments, tensor by tensor: written by one and by two workers they are the same.
-    for name in optimizers:
-        ends = [f"{tmp_path}/{name}-{how}/checkpoints/{checkpoint.name(STEPS)}" for how in ("whole", "12", "21")]
-        expected_tensors, *others = [read_all(end) for end in ends]
-        assert any(key.startswith("optim.") for key in expected_tensors)
-        for tensors in others:
-            assert tensors.keys() == expected_tensors.keys()
-            for key, tensor in tensors.items():
-                torch.testing.assert_close(tensor, expected_tensors[key], rtol=1e-3, atol=1e-4, msg=key)
+        # The optimizer's moments, tensor by tensor: whoever wrote them, they are the same.
+        ends = [f"{tmp_path}/{run}/checkpoints/{checkpoint.name(STEPS)}" for run in (f"{optimizer}-whole", names[at])]
+        expected_tensors, tensors = (read_all(end) for end in ends)
+        assert tensors.keys() == expected_tensors.keys()
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(tensor, expected_tensors[key], rtol=1e-3, atol=1e-4, msg=f"{leg}: {key}")
 
 
 def read_all(location: str) -> dict[str, torch.Tensor]:
-    metadata = checkpoint.read_metadata(location)
-    tensors = {key: torch.full(tuple(m.size), float("nan"), dtype=m.properties.dtype) for key, m in metadata.items()}
-    nested: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optim": {}}
-    for key, tensor in tensors.items():
-        section, _, name = key.partition(".")
-        nested[section][name] = tensor
-    checkpoint.restore(location, nested, world=1)
+    index = shards.read_index(location)
+    tensors = {key: torch.full(stored.shape, float("nan"), dtype=stored.dtype) for key, stored in index.items()}
+    checkpoint.restore(location, {key: Span.whole(tensor) for key, tensor in tensors.items()})
     return tensors
 
 
@@ -111,8 +118,8 @@ def test_without_the_moments_the_losses_would_differ(
     run_job(0, 1, job, stop_after=3)
     real = checkpoint.restore
 
-    def weights_only(location: str, tensors: dict[str, Any], world: int) -> None:
-        real(location, {"model": tensors["model"]}, world)
+    def weights_only(location: str, spans: dict[str, Span]) -> None:
+        real(location, {key: span for key, span in spans.items() if key.startswith("model/")})
 
     monkeypatch.setattr(checkpoint, "restore", weights_only)
     _, rest = run_job(0, 1, job)
@@ -142,14 +149,14 @@ def folder_of(storage: Path) -> Path:
 
 
 def truncate(folder: Path) -> None:
-    file = next(folder.glob("*.distcp"))
+    file = next(folder.glob("shard_*"))
     os.truncate(file, file.stat().st_size - 1)
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "truncated file": (truncate, "__0_0.distcp"),
-    "missing file": (lambda folder: next(folder.glob("*.distcp")).unlink(), "__0_0.distcp"),
-    "missing metadata": (lambda folder: (folder / ".metadata").unlink(), ".metadata"),
+    "truncated file": (truncate, "shard_00000.safetensors"),
+    "missing file": (lambda folder: next(folder.glob("shard_*")).unlink(), "shard_00000.safetensors"),
+    "missing index": (lambda folder: (folder / "index.json").unlink(), "index.json"),
     "missing state": (lambda folder: (folder / "state.json").unlink(), "state.json"),
     "empty marker": (lambda folder: (folder / "COMMITTED").write_text(""), "Expecting value"),
     "cut marker": (lambda folder: (folder / "COMMITTED").write_text('{"files": {"a'), "Unterminated"),
@@ -252,20 +259,18 @@ def test_what_would_give_steps_another_meaning_is_refused(
 
 def test_another_width_of_the_model_is_refused_by_name(copied: Path) -> None:
     location = str(folder_of(copied) / checkpoint.name(6))
-    tensors = read_all(location)
-    name = next(key for key in tensors if key.endswith("q_proj.weight"))
-    model = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
-    model[name.removeprefix("model.")] = torch.zeros(5, 5)
+    spans = {key: Span.whole(tensor) for key, tensor in read_all(location).items()}
+    name = next(key for key in spans if key.endswith("q_proj.weight"))
     with pytest.raises(CheckpointError, match="does not fit this recipe") as caught:
-        checkpoint.restore(location, {"model": model}, world=1)
+        checkpoint.restore(location, {**spans, name: Span.whole(torch.zeros(5, 5))})
     assert name in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("before", "after", "named"),
     [
-        ([], ["train.optimizer.name=adafactor"], "it lacks optim."),
-        (["train.optimizer.name=adafactor"], [], "it lacks optim."),
+        ([], ["train.optimizer.name=adafactor"], "it lacks optim/"),
+        (["train.optimizer.name=adafactor"], [], "it lacks optim/"),
         (["model.freeze=['*embed*']"], [], "embed_tokens"),
         ([], ["model.freeze=['*embed*']"], "embed_tokens"),  # else the embedding would be the base's again, silently
     ],
@@ -328,13 +333,13 @@ def test_a_whole_run_on_s3_stops_resumes_and_ends_as_on_a_disk(
 
     # A broken one on an object store, where files cannot be renamed in place.
     last = paths.join(folder, checkpoint.name(6))
-    paths.write_bytes(paths.join(last, "__0_0.distcp"), b"cut")
+    paths.write_bytes(paths.join(last, "shard_00000.safetensors"), b"cut")
     told: list[str] = []
     found = checkpoint.newest(folder, on_broken=lambda location, why: told.append(f"{location}: {why}"))
     assert found is not None and found.step == 4
-    assert told == [f"{last}.broken: __0_0.distcp has 3 bytes, {size_of(f'{last}.broken')} were committed"]
+    assert told == [f"{last}.broken: shard_00000.safetensors has 3 bytes, {size_of(f'{last}.broken')} were committed"]
     assert checkpoint.steps(folder) == [4]
 
 
 def size_of(location: str) -> int:
-    return paths.read_json(paths.join(location, "COMMITTED"))["files"]["__0_0.distcp"]
+    return paths.read_json(paths.join(location, "COMMITTED"))["files"]["shard_00000.safetensors"]

@@ -19,6 +19,7 @@ from ray_ft.data.render import load_tokenizer
 from ray_ft.demo import DemoPaths
 from ray_ft.errors import ModelError
 from ray_ft.model import load
+from ray_ft.span import Span
 from ray_ft.strategy.fsdp import FSDP
 
 IDS = torch.tensor([[2, 9, 30, 31, 32, 33, 7, 8]])
@@ -40,10 +41,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def filled(folder: str) -> PreTrainedModel:
     model = load.build(load.load_config(folder))
-    model.to_empty(device="cpu")
+    load.allocate(model, torch.device("cpu"))
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data.fill_(float("nan")) if tensor.is_floating_point() else None  # nothing may stay as it was
-    load.fill(model, folder)
+    load.fill(model, folder, {name: Span.whole(p) for name, p in model.named_parameters()})
     return model
 
 
@@ -74,10 +75,8 @@ def test_gemmas_computed_buffers_are_right_after_the_meta_device(demo: DemoPaths
 
 
 def test_building_takes_no_memory_and_keeps_ties(demo: DemoPaths) -> None:
-    model = load.build(load.load_config(demo.base))
-    assert all(p.is_meta for p in model.parameters())
-    model.to_empty(device="cpu")
-    load.fill(model, demo.base)
+    assert all(p.is_meta for p in load.build(load.load_config(demo.base)).parameters())
+    model = filled(demo.base)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -206,7 +205,7 @@ def fill_sharded(rank: int, world: int, demo: DemoPaths, llama: str) -> list[tup
         strategy = build(recipe_of(demo, "/none", f"model.path={folder}", "train.strategy=fsdp"), rank, world)
         assert isinstance(strategy, FSDP)
         held = sum(p.to_local().numel() for p in strategy.module.parameters())
-        found.append((weights(strategy.module), held))
+        found.append((weights(strategy), held))
     return found
 
 

@@ -1,41 +1,84 @@
-"""Optimizers: ours against the one published with transformers, sharded against whole, and their state by name."""
+"""Optimizers as the recipe asks for them: groups, sharded against whole, and their state by name."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from distributed import build, recipe_of, run, weights, whole
+from distributed import run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from ray_ft.demo import DemoPaths
 from ray_ft.errors import ModelError
 from ray_ft.recipe import Optimizer
+from ray_ft.span import Span
+from ray_ft.strategy import state
+from ray_ft.strategy.base import Piece
+from ray_ft.strategy.fsdp import first_row
 from ray_ft.train import optim
 
 SHAPES = {"matrix": (5, 7), "tall": (64, 3), "one_row": (1, 6), "bias": (9,), "experts": (4, 3, 5)}
 ADAFACTOR = Optimizer(name="adafactor", lr=0.02, weight_decay=0.1)
 ADAMW = Optimizer(name="adamw", lr=0.02, weight_decay=0.1)
+MOMENTS = {"adamw": {"exp_avg", "exp_avg_sq"}, "adafactor": {"row", "column"}}
+
+#: Names of nn.Embedding in models of several families, and of matrices that are none.
+EMBEDDINGS = [
+    "model.embed_tokens.weight",
+    "model.language_model.embed_tokens.weight",
+    "model.embed_tokens_per_layer.weight",
+    "model.vision_tower.vision_model.embeddings.position_embedding.weight",
+    "transformer.wte.weight",
+    "transformer.wpe.weight",
+    "bert.embeddings.word_embeddings.weight",
+    "bert.embeddings.token_type_embeddings.weight",
+    "gpt_neox.embed_in.weight",
+    "model.embed_vision.embedding.weight",
+    "visual.pos_embed.weight",
+    "decoder.embed_positions.weight",
+]
+OTHERS = [
+    "model.vision_tower.vision_model.embeddings.patch_embedding.weight",
+    "visual.patch_embed.proj.weight",
+    "model.embed_vision.embedding_projection.weight",
+    "model.layers.0.self_attn.q_proj.weight",
+    "lm_head.weight",
+    "gpt_neox.embed_out.weight",
+    "model.embed_tokens.lora_embedding_A.default",
+    "embedder.mlp.up_proj.weight",
+    "model.embed_vision.embedding_projection.lora_A.default.weight",
+    "model.layers.0.self_attn.q_proj.base_layer.weight",
+]
 
 
 def values(step: int) -> dict[str, torch.Tensor]:
-    """Step 0: parameters; then gradients: of ordinary size, tiny, huge, and zero in whole rows."""
+    """Step 0: parameters; then gradients."""
     generator = torch.Generator().manual_seed(step)
-    found = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    if step:
-        scale = (1.0, 1e-6, 1e4)[step % 3]
-        found = {name: tensor * scale for name, tensor in found.items()}
-        found["matrix"][2] = 0
-        found["tall"][:, 1] = 0
-    return found
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
 def parameters() -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(tensor) for name, tensor in values(0).items()}
+
+
+def pieces_of(over: dict[str, nn.Parameter]) -> Callable[[torch.Tensor], Iterator[Piece]]:
+    def pieces(tensor: torch.Tensor) -> Iterator[Piece]:
+        (name,) = (name for name, parameter in over.items() if parameter is tensor)
+        if not isinstance(tensor, DTensor):
+            yield Piece(name, 0, Span.whole(tensor), None)
+            return
+        begin = first_row(tensor) * (tensor.numel() // tensor.shape[0])
+        local = tensor.detach().to_local().view(-1)
+        yield Piece(name, 0, Span(local, begin, tuple(tensor.shape)), tensor.device_mesh.get_group())
+
+    return pieces
+
+
+def make(settings: Optimizer, over: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+    return optim.build(settings, over.items(), pieces_of(over))
 
 
 def steps(optimizer: torch.optim.Optimizer, over: dict[str, nn.Parameter], first: int, last: int) -> None:
@@ -43,82 +86,87 @@ def steps(optimizer: torch.optim.Optimizer, over: dict[str, nn.Parameter], first
         for name, gradient in values(step).items():
             over[name].grad = gradient
         optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
-def test_adafactor_equals_that_of_transformers() -> None:
-    from transformers.optimization import Adafactor as Theirs
+def moments(optimizer: torch.optim.Optimizer, over: dict[str, nn.Parameter]) -> dict[str, dict[str, Span]]:
+    return state.moments(optimizer, pieces_of(over), owner=True)
 
-    ours, theirs = parameters(), parameters()
-    optimizer = optim.build(ADAFACTOR, ours.items())
-    # They apply weight decay to whatever they are given; ours not to vectors.
-    groups = [
-        {"params": [p for p in theirs.values() if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [theirs["bias"]], "weight_decay": 0.0},
-    ]
-    other = Theirs(groups, lr=0.02, scale_parameter=False, relative_step=False, warmup_init=False)
-    for step in range(1, 9):
-        steps(optimizer, ours, step, step)
-        steps(other, theirs, step, step)
-        for name in SHAPES:
-            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-6, msg=f"{name}, step {step}")
+
+# ---------------------------------------------------------------------------------------------------------- groups
 
 
 @pytest.mark.parametrize("settings", [ADAMW, ADAFACTOR], ids=lambda s: s.name)
 def test_weight_decay_leaves_biases_norms_and_embeddings_alone(settings: Optimizer) -> None:
-    names = ["model.embed_tokens.weight", "model.norm.weight", "q_proj.bias", "q_proj.weight"]
-    shapes = [(4, 4), (4,), (4,), (4, 4)]
-    named = {name: nn.Parameter(torch.ones(shape)) for name, shape in zip(names, shapes, strict=True)}
+    vectors = ["model.norm.weight", "q_proj.bias", "q_proj.lora_magnitude_vector.default.weight"]
+    named = {name: nn.Parameter(torch.ones(4, 4)) for name in EMBEDDINGS + OTHERS}
+    named |= {name: nn.Parameter(torch.ones(4)) for name in vectors}
     named["frozen.weight"] = nn.Parameter(torch.ones(4, 4), requires_grad=False)
-    optimizer = optim.build(settings, named.items())
+    optimizer = make(settings, named)
     for parameter in named.values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     moved = {name for name, parameter in named.items() if (parameter != 1).any()}
-    assert moved == {"q_proj.weight"}
-    torch.testing.assert_close(named["q_proj.weight"].data, torch.full((4, 4), 1 - 0.02 * 0.1))
+    assert moved == set(OTHERS)
+    for name in OTHERS:
+        torch.testing.assert_close(named[name].data, torch.full((4, 4), 1 - 0.02 * 0.1))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma3n_text", "llama", "qwen3_vl", "gpt2", "siglip"])
+def test_embeddings_are_known_by_their_names_in_models_of_transformers(family: str) -> None:
+    import transformers
+
+    config = transformers.AutoConfig.for_model(family)
+    for part in (config, *(getattr(config, key, None) for key in ("text_config", "vision_config", "audio_config"))):
+        for key in ("num_hidden_layers", "n_layer", "depth", "conf_num_hidden_layers"):
+            if part is not None and isinstance(getattr(part, key, None), int):
+                setattr(part, key, 2)
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    assert tables
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            assert optim.decays(name, parameter) != (name in tables), name
 
 
 def test_nothing_trained_is_refused() -> None:
     with pytest.raises(ModelError, match="no parameter is trained"):
-        optim.build(ADAMW, [("a", nn.Parameter(torch.ones(2), requires_grad=False))])
+        make(ADAMW, {"a": nn.Parameter(torch.ones(2), requires_grad=False)})
 
 
-def test_adafactors_state_is_factored() -> None:
-    over = parameters()
-    optimizer = optim.build(ADAFACTOR, over.items())
-    held = optim.state_tensors(optimizer, {p: name for name, p in over.items()})
-    assert {key: tuple(value.shape) for key, value in held["tall"].items()} == {
-        "step": (),
-        "row": (64,),
-        "column": (3,),
-    }
-    assert {key: tuple(value.shape) for key, value in held["bias"].items()} == {"step": (), "moment": (9,)}
+# ----------------------------------------------------------------------------------------------------------- state
 
 
 @pytest.mark.parametrize("settings", [ADAMW, ADAFACTOR], ids=lambda s: s.name)
 def test_state_goes_out_and_in_by_name_and_the_steps_continue(settings: Optimizer) -> None:
     straight = parameters()
-    steps(optim.build(settings, straight.items()), straight, 1, 6)
+    steps(make(settings, straight), straight, 1, 6)
 
     first = parameters()
-    optimizer = optim.build(settings, first.items())
+    optimizer = make(settings, first)
     steps(optimizer, first, 1, 3)
-    held = optim.state_tensors(optimizer, {p: name for name, p in first.items()})
+    held = moments(optimizer, first)
+    assert held.keys() == SHAPES.keys()
+    assert held["tall"].keys() == {"step"} | MOMENTS[settings.name]
+    assert held["tall"]["step"].data.tolist() == [3]
+    assert held["tall"]["step"].shape == ()
 
     second = {name: nn.Parameter(p.detach().clone()) for name, p in first.items()}
-    optimizer = optim.build(settings, second.items())
-    before = {name: p.detach().clone() for name, p in second.items()}
-    fresh = optim.state_tensors(
-        optimizer, {p: name for name, p in second.items()}
-    )  # as restoring does: filled in place
-    assert all(torch.equal(second[name], before[name]) for name in before)  # creating it has moved nothing
-    assert all(p.grad is None for p in second.values())
+    optimizer = make(settings, second)
+    for parameter in second.values():
+        parameter.grad = torch.ones_like(parameter)
+    fresh = moments(optimizer, second)  # as restoring does: filled in place
+    assert all(torch.equal(second[name], first[name]) for name in SHAPES)  # creating it has moved nothing
+    assert all((p.grad == 1).all() for p in second.values())
     assert [group["lr"] for group in optimizer.param_groups] == [0.02] * len(optimizer.param_groups)
-    for name, state in held.items():
-        assert fresh[name].keys() == state.keys()
-        for key, value in state.items():
-            assert not fresh[name][key].any()
-            fresh[name][key].copy_(value)
+    for name, of in held.items():
+        assert fresh[name].keys() == of.keys()
+        for key, span in of.items():
+            assert not fresh[name][key].data.any()
+            assert fresh[name][key].shape == span.shape
+            fresh[name][key].data.copy_(span.data)
+    state.restored(optimizer)
     steps(optimizer, second, 4, 6)
     assert all(torch.equal(second[name], straight[name]) for name in SHAPES)
 
@@ -127,94 +175,72 @@ def test_state_goes_out_and_in_by_name_and_the_steps_continue(settings: Optimize
 def test_state_covers_a_parameter_that_never_had_a_gradient(settings: Optimizer) -> None:
     # A vision tower under text, say. What is saved must be what a fresh optimizer expects to find again.
     over = parameters()
-    optimizer = optim.build(settings, over.items())
-    names = {p: name for name, p in over.items()}
-    del over["bias"]
+    optimizer = make(settings, over)
     for step in (1, 2):
         for name, parameter in over.items():
-            parameter.grad = values(step)[name]
+            parameter.grad = values(step)[name] if name != "bias" else None
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
     before = {name: p.detach().clone() for name, p in over.items()}
-    held = optim.state_tensors(optimizer, names)
+    held = moments(optimizer, over)
     assert held.keys() == SHAPES.keys()
-    assert not any(value.any() for value in held["bias"].values())
-    assert held["matrix"]["step"] == 2
+    assert not any(span.data.any() for span in held["bias"].values())
+    assert held["matrix"]["step"].data == 2
     assert all(torch.equal(over[name], before[name]) for name in over)
 
 
-# ------------------------------------------------------------------------------------------------------- sharded
+def test_a_state_that_belongs_to_no_parameter_is_refused() -> None:
+    over = {"a": nn.Parameter(torch.ones(3, 4))}
+    optimizer = make(ADAMW, over)
+    state.create(optimizer)
+    optimizer.state[over["a"]]["rows"] = torch.ones(3)
+    with pytest.raises(TypeError, match="'rows'"):
+        moments(optimizer, over)
+
+
+# --------------------------------------------------------------------------------------------------------- sharded
 
 
 def sharded_steps(rank: int, world: int, names: list[str]) -> dict[str, Any]:
-    """Steps over parameters sharded by rows; returns parameters and state, whole."""
+    """Steps over parameters sharded by rows; returns this rank's runs of parameters and state."""
     mesh = init_device_mesh("cpu", (world,))
     found = {}
     for name in names:
-        settings = {"adamw": ADAMW, "adafactor": ADAFACTOR}[name]
         over = {k: nn.Parameter(distribute_tensor(v, mesh, [Shard(0)])) for k, v in values(0).items()}
-        optimizer = optim.build(settings, over.items())
+        optimizer = make({"adamw": ADAMW, "adafactor": ADAFACTOR}[name], over)
         for step in range(1, 7):
             for k, gradient in values(step).items():
                 over[k].grad = distribute_tensor(gradient, mesh, [Shard(0)])
             optimizer.step()
-        state = optim.state_tensors(optimizer, {p: k for k, p in over.items()})
-        found[name] = (
-            {k: whole(p) for k, p in over.items()},
-            {k: {key: whole(value) for key, value in held.items()} for k, held in state.items()},
-        )
+        weights = {k: next(iter(pieces_of(over)(p))).span for k, p in over.items()}
+        found[name] = weights, state.moments(optimizer, pieces_of(over), owner=rank == 0)
     return found
 
 
-@pytest.fixture(scope="module")
-def sharded() -> list[dict[str, Any]]:
-    return run(2, sharded_steps, ["adamw", "adafactor"])
-
-
-@pytest.mark.parametrize("settings", [ADAMW, ADAFACTOR], ids=lambda s: s.name)
-def test_sharded_over_two_equals_whole(settings: Optimizer, sharded: list[dict[str, Any]]) -> None:
+def test_sharded_over_two_equals_whole() -> None:
     # One row over two ranks and five rows over two: a rank may hold nothing, or less than the other.
-    expected = parameters()
-    optimizer = optim.build(settings, expected.items())
-    steps(optimizer, expected, 1, 6)
-    state = optim.state_tensors(optimizer, {p: name for name, p in expected.items()})
-    for found, held in (rank[settings.name] for rank in sharded):
-        for name in SHAPES:
-            torch.testing.assert_close(found[name], expected[name].detach(), rtol=1e-5, atol=1e-6, msg=name)
-            for key, value in state[name].items():
-                torch.testing.assert_close(held[name][key], value, rtol=1e-5, atol=1e-30, msg=f"{name}.{key}")
-
-
-def train_by_hand(rank: int, world: int, demo: DemoPaths, names: list[str], strategy: str) -> list[Any]:
-    found = []
-    for name in names:
-        options = ["train.strategy=" + strategy, f"train.optimizer.name={name}", "train.optimizer.weight_decay=0.1"]
-        made = build(recipe_of(demo, "/none", *options), rank, world)
-        for step in range(3):
-            ids = torch.randint(0, 600, (4, 16), generator=torch.Generator().manual_seed(step))
-            mine = ids.chunk(world)[rank]
-            made.backward(made.module(mine, torch.arange(16).expand(len(mine), 16), mine) / 60)
-            made.finish(1.0)
-            made.update(1e-3)
-        found.append(weights(made.module))
-    return found
-
-
-def test_a_model_sharded_by_fsdp_takes_the_same_steps(demo: DemoPaths) -> None:
-    names = ["adamw", "adafactor"]
-    expected = train_by_hand(0, 1, demo, names, "none")
-    for found in run(2, train_by_hand, demo, names, "fsdp"):
-        for ours, theirs in zip(found, expected, strict=True):
-            for name in theirs:
-                torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-4, msg=name)
-                assert (ours[name] - theirs[name]).square().mean().sqrt() < 1e-6, name
-
-
-def test_adafactor_clips_the_update_at_root_mean_square_one() -> None:
-    parameter = nn.Parameter(torch.zeros(100))
-    optimizer = optim.build(Optimizer(name="adafactor", lr=1.0), [("a", parameter)])
-    for scale in (1e-3, 10.0):  # the second moment lags behind, so the second update would be far larger than 1
-        before = parameter.detach().clone()
-        parameter.grad = torch.full((100,), scale)
-        optimizer.step()
-        assert math.isclose((parameter.detach() - before).square().mean().sqrt(), 1.0, rel_tol=1e-5)
+    ranks = run(2, sharded_steps, ["adamw", "adafactor"])
+    for settings in (ADAMW, ADAFACTOR):
+        expected = parameters()
+        optimizer = make(settings, expected)
+        steps(optimizer, expected, 1, 6)
+        held = moments(optimizer, expected)
+        owned = dict.fromkeys(SHAPES, 0)
+        for rank, (weights, moved) in enumerate(found[settings.name] for found in ranks):
+            for name in SHAPES:
+                part = weights[name]
+                whole = expected[name].detach().view(-1)
+                torch.testing.assert_close(part.data, whole[part.start : part.stop], rtol=1e-5, atol=1e-6, msg=name)
+                owned[name] += part.data.numel()
+                assert moved[name].keys() == held[name].keys()
+                for key, span in moved[name].items():
+                    other = held[name][key]
+                    assert span.shape == other.shape
+                    torch.testing.assert_close(
+                        span.data, other.data[span.start : span.stop], rtol=1e-5, atol=1e-30, msg=f"{name}.{key}"
+                    )
+                    if "exp_avg" in key:
+                        assert (span.start, span.stop) == (part.start, part.stop)
+                    else:
+                        assert span.owner == (rank == 0)
+                        assert span.data.numel() == other.numel
+        assert owned == {name: span["step"].numel and expected[name].numel() for name, span in held.items()}

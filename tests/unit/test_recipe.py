@@ -149,7 +149,10 @@ def test_a_file_and_overrides(tmp_path: Path) -> None:
     [
         ("train.worker=2", "train.worker: unknown key; did you mean 'workers'?"),
         ("trian={}", "trian: unknown key; did you mean 'train'?"),
-        ("train.optimizer.learning_rate=1", "train.optimizer.learning_rate: unknown key; known here: betas, eps, lr"),
+        (
+            "train.optimizer.learning_rate=1",
+            "train.optimizer.learning_rate: unknown key; known here: betas, eps, in_backward, lr",
+        ),
         ("train.lr=1", "train.lr: unknown key; did you mean 'train.optimizer.lr'?"),
         pytest.param("seq_len=8", "seq_len: unknown key; did you mean 'data.seq_len'?"),
         ("data.train.0.feild=a", "data.train.0.feild: unknown key; did you mean 'field'?"),
@@ -206,7 +209,7 @@ def test_all_faults_at_once() -> None:
     ("override", "word"),
     [
         ("run.name=../up", "pattern"),
-        ("train.strategy=ddp", "'fsdp' or 'none'"),
+        ("train.strategy=ddp", "'fsdp', 'zero1', 'zero2', 'zero3' or 'none'"),
         ("train.optimizer.betas=[0.9]", "betas"),
         ("train.optimizer.lr=0", "greater than 0"),
         ("train.schedule.min_lr_ratio=1.5", "less than or equal to 1"),
@@ -286,6 +289,38 @@ def test_every_shipped_recipe_parses_and_begins_with_its_command(file: Path) -> 
     assert file.read_text().startswith(f"# ray-ft train configs/{file.name}")
 
 
+#: What does not go together: overrides, and what the error says (the values, and a way out).
+TOGETHER = [
+    (["train.zero.offload_optimizer=cpu"], "read by zero1, zero2 and zero3, and strategy is fsdp"),
+    (["train.strategy=zero2", "train.fsdp.cpu_offload=true"], "read by strategy fsdp, and strategy is zero2"),
+    (["train.strategy=zero2", "train.zero.offload_parameters=cpu"], "set strategy: zero3"),
+    (["train.strategy=zero3", "train.zero.offload_optimizer=nvme"], "needs nvme_path"),
+    (["train.workers=4", "train.fsdp.replicas=3"], "fsdp.replicas: 3 does not divide workers: 4"),
+    (["train.optimizer.weights=bfloat16"], "set optimizer.name: adafactor or adamw_8bit"),
+    (["train.strategy=zero3", "train.optimizer={name: adafactor, weights: bfloat16}"], "set strategy: fsdp"),
+    (["train.strategy=zero3", "train.optimizer.name=adamw_8bit"], "optimizer.name: adamw_8bit is for strategy fsdp"),
+    (["train.optimizer={name: adafactor, in_backward: true}"], "set clip_norm: null"),
+    (["train.clip_norm=null", "train.optimizer={name: adafactor, in_backward: true}"], "set micro_batch: 16"),
+    (["model.quantize=nf4"], "add adapter: {name: lora}"),
+    (["model.quantize=nf4", "model.adapter={name: lora}"], "set train.strategy: none"),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"), TOGETHER, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_settings_that_contradict_each_other_are_refused_with_a_way_out(overrides: list[str], said: str) -> None:
+    [fault] = faults(*overrides)
+    assert said in fault
+
+
+def test_settings_that_go_together_are_taken() -> None:
+    parse("train.strategy=zero3", "train.zero={offload_optimizer: nvme, offload_parameters: cpu, nvme_path: /nvme}")
+    parse("train.clip_norm=null", "train.micro_batch=16", "train.optimizer={name: adafactor, in_backward: true}")
+    parse("train.strategy=none", "model.quantize=nf4", "model.adapter={name: dora}")
+    parse("train.workers=4", "train.fsdp={replicas: 2, cpu_offload: true, reshard_after_forward: 2}")
+
+
 def test_there_are_shipped_recipes() -> None:
     assert list((ROOT / "configs").glob("**/*.yaml"))
 
@@ -308,11 +343,11 @@ def test_the_schema_describes_every_key() -> None:
 
 def test_no_key_is_dead() -> None:
     sources = [p for folder in ("ray_ft", "serving", "jobs") for p in (ROOT / folder).rglob("*.py")]
-    text = "\n".join(p.read_text() for p in sources if p.name != "recipe.py")
+    text = "\n".join(p.read_text() for p in sources if p.parent.name != "recipe")
     dead = [
         f"{section}.{key}" for section, key, _ in properties(recipe.json_schema()) if not is_read(section, key, text)
     ]
-    # Read by properties in recipe.py itself, which others call: world_size, rows_per_worker, Run.dir.
+    # Read by properties of the recipe itself, which others call: world_size, rows_per_worker, Run.dir.
     assert [key for key in dead if key not in ("Run.name", "Run.storage")] == []
     assert not is_read("Train", "no_such_key", text)
 

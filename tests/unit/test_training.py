@@ -26,13 +26,15 @@ from ray_ft.data.stream import Batch
 from ray_ft.demo import DemoPaths
 from ray_ft.errors import TrainingError
 from ray_ft.recipe import Recipe
-from ray_ft.strategy import Strategy
-from ray_ft.train import checkpoint, loop, optim
+from ray_ft.strategy import Layout, Strategy
+from ray_ft.train import checkpoint, loop, worker
+from ray_ft.train.metrics import Meter
 
 STEPS, SAMPLES, SEQ_LEN, ROWS = 4, 24, 96, {True: 16, False: 32}  # rows of a global batch; padding completes them
 LR = 2e-3
 # AdamW divides by √v + eps: where a gradient is all rounding noise, a smaller eps would make steps of it.
 OPTIMIZER = {"lr": LR, "weight_decay": 0.1, "eps": 1e-6}
+METER = Meter(Layout(0, 1, torch.device("cpu"), torch.float32), flops_per_token=1.0)
 
 
 def samples(step: int) -> list[Tokens]:
@@ -91,9 +93,23 @@ def expected(demo: DemoPaths) -> tuple[list[float], list[float], dict[str, torch
 
 def recipe_for(demo: DemoPaths, strategy: str, world: int, accumulation: int, packing: bool) -> Recipe:
     rows = ROWS[packing]
-    options = {"strategy": strategy, "workers": world, "global_batch": rows, "optimizer": OPTIMIZER, "loss_chunk": 50}
+    options = {**VARIANTS[strategy], "workers": world, "global_batch": rows, "optimizer": OPTIMIZER, "loss_chunk": 50}
     options["micro_batch"] = rows // (world * accumulation)
     return recipe_of(demo, "/none", *(f"train.{key}={value}" for key, value in options.items()))
+
+
+#: Settings of train.* by a name for the case.
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{name: {"strategy": name} for name in ("fsdp", "zero1", "zero2", "zero3", "none")},
+    "fsdp tuned": {
+        "strategy": "fsdp",
+        "fsdp": {"cpu_offload": True, "prefetch": 2, "reshard_after_forward": False},
+        "gradient_checkpointing": True,
+    },
+    "hsdp": {"strategy": "fsdp", "fsdp": {"replicas": 2}},
+    "zero2 offloaded": {"strategy": "zero2", "zero": {"offload_optimizer": "cpu"}},
+    "zero3 offloaded": {"strategy": "zero3", "zero": {"offload_optimizer": "cpu", "offload_parameters": "cpu"}},
+}
 
 
 def train_all(rank: int, world: int, demo: DemoPaths, cases: list[tuple[Any, ...]]) -> list[Any]:
@@ -108,12 +124,27 @@ def train_all(rank: int, world: int, demo: DemoPaths, cases: list[tuple[Any, ...
             share = recipe.train.rows_per_worker
             mine = global_batch(step, packing).take(slice(rank * share, (rank + 1) * share))
             results.append(loop.train_step(strategy, Batch(0, mine), recipe.train, LR, stop=False))
-        found.append(([r.loss for r in results], [r.norm for r in results], weights(strategy.module)))
+        found.append(([r.loss for r in results], [r.norm for r in results], weights(strategy)))
     return found
 
 
-CASES = list(itertools.product(["fsdp", "none"], [1, 4], [True, False], [torch.float32]))
-LOW = list(itertools.product(["fsdp", "none"], [1], [True], [torch.bfloat16]))
+CASES = list(itertools.product(["fsdp", "zero3", "none"], [1, 4], [True, False], [torch.float32]))
+CASES += list(
+    itertools.product(["fsdp tuned", "zero1", "zero2 offloaded", "zero3 offloaded"], [4], [True], [torch.float32])
+)
+LOW = list(itertools.product(["fsdp", "zero1", "zero3", "none"], [1], [True], [torch.bfloat16]))
+
+
+def test_groups_of_workers_that_each_hold_a_copy_take_the_same_steps(
+    demo: DemoPaths, expected: tuple[list[float], list[float], dict[str, torch.Tensor]]
+) -> None:
+    losses, norms, final = expected
+    for ranks in run(4, train_all, demo, [("hsdp", 1, True, torch.float32), ("hsdp", 4, True, torch.float32)]):
+        for found, found_norms, found_weights in ranks:
+            assert found == pytest.approx(losses, rel=1e-5)
+            assert found_norms == pytest.approx(norms, rel=1e-4)
+            for name, tensor in found_weights.items():
+                torch.testing.assert_close(tensor, final[name], rtol=0, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -153,10 +184,10 @@ def test_the_comparison_notices_leaks_between_documents_and_a_wrong_divisor(
         patch.setattr(loop.pack, "position_ids", lambda flags: np.tile(np.arange(flags.shape[1]), (len(flags), 1)))
         assert first_losses()[0] != pytest.approx(expected[0][0], rel=1e-4)
     with monkeypatch.context() as patch:  # gradients averaged over micro-batches, not over tokens
-        patch.setattr(Strategy, "backward", lambda self, loss: loss.backward(gradient=torch.tensor(0.25)))
+        patch.setattr(Strategy, "backward", lambda self, loss, last: loss.backward(gradient=torch.tensor(0.25)))
         found = first_losses()
         assert found[0] == pytest.approx(expected[0][0], rel=1e-5)
-        patch.setattr(Strategy, "backward", lambda self, loss: None)
+        patch.setattr(Strategy, "backward", lambda self, loss, last: None)
         with pytest.raises(AssertionError):
             assert first_losses() == pytest.approx(expected[0][:2], rel=1e-5)
 
@@ -167,14 +198,14 @@ def test_the_comparison_notices_leaks_between_documents_and_a_wrong_divisor(
 def train_on_uneven_rows(rank: int, world: int, demo: DemoPaths) -> list[Any]:
     """All samples on rank 0, nothing but padding on rank 1."""
     found = []
-    for name in ("fsdp", "none"):
+    for name in ("fsdp", "zero2", "zero3", "none"):
         recipe = recipe_for(demo, name, world, 1, False)
         strategy = build(recipe, rank, world)
         for step in range(2):
             rows = global_batch(step, False).take(slice(0, SAMPLES))
             mine = rows if rank == 0 else Rows.blank(SAMPLES, SEQ_LEN)
             result = loop.train_step(strategy, Batch(0, mine), recipe.train, LR, stop=rank == 1 and step == 1)
-        found.append((result.loss, result.tokens, result.stop, weights(strategy.module)))
+        found.append((result.loss, result.tokens, result.stop, weights(strategy)))
     return found
 
 
@@ -195,10 +226,13 @@ def prepared_rows(demo: DemoPaths, storage: str, split: Any, *overrides: str) ->
     return prepare(recipe_of(demo, storage, *overrides), split, demo.base, stream.in_process)
 
 
+POISONED = ("fsdp", "zero1", "zero3", "none")
+
+
 def train_into_poison(rank: int, world: int, demo: DemoPaths, prepared: Prepared, token: int) -> list[Any]:
     """From the third step on, the embedding of one token is infinite: only rows that hold it give NaN."""
     found = []
-    for name in ("fsdp", "none"):
+    for name in POISONED:
         options = [f"train.strategy={name}", f"train.workers={world}", "train.micro_batch=2", "data.shuffle=false"]
         recipe = recipe_of(demo, "/none", *options)
         strategy, states = build(recipe, rank, world), list[dict[str, torch.Tensor]]()
@@ -209,14 +243,14 @@ def train_into_poison(rank: int, world: int, demo: DemoPaths, prepared: Prepared
 
         def batches(strategy: Strategy = strategy, states: Any = states, order: Any = order, share: int = share) -> Any:
             for batch in stream.local_batches(order, 0, order.rows, rank, world, share):
-                states.append(weights(strategy.module))
+                states.append(weights(strategy))
                 yield batch
 
         strategy.module.model.model.embed_tokens.register_forward_hook(poison)
         try:
-            loop.train(strategy, batches(), order, None, recipe.train, 0, 10, lambda step: None, FakeLink())
+            loop.train(strategy, batches(), order, None, recipe.train, 0, 10, lambda step: None, FakeLink(), METER)
         except TrainingError as error:
-            after = weights(strategy.module)
+            after = weights(strategy)
             same = all(torch.equal(after[key], states[-1][key]) for key in after)
             found.append((str(error), len(states), same))
     return found
@@ -233,7 +267,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_it_and_the_ro
     token, at = next((t, where[-1]) for t, where in counts.items() if [w for w in where if w >= 16] == where[-1:])
     assert at >= 20
     for ranks in run(2, train_into_poison, demo, prepared, token):
-        assert len(ranks) == 2  # under both strategies
+        assert len(ranks) == len(POISONED)
         for message, steps, unchanged in ranks:
             first, *ways_out = message.splitlines()
             pair = 20 + (at - 20) // 2 * 2  # the micro-batch of two rows
@@ -253,7 +287,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_it_and_the_ro
 def evaluate_all(rank: int, world: int, demo: DemoPaths, held_out: Prepared, folder: str) -> list[Any]:
     """For each strategy: losses of evaluations, and what training gave between them."""
     found = []
-    for name in ("fsdp", "none"):
+    for name in ("fsdp", "zero3", "none"):
         recipe = recipe_for(demo, name, world, 4, True)
         order, share = Order.once(held_out, window_rows=7), recipe.train.rows_per_worker
         strategy = build(recipe, rank, world)
@@ -263,10 +297,8 @@ def evaluate_all(rank: int, world: int, demo: DemoPaths, held_out: Prepared, fol
             mine = global_batch(step, True).take(slice(rank * share, (rank + 1) * share))
             losses.append(loop.train_step(strategy, Batch(0, mine), recipe.train, LR, stop=False).loss)
             loop.evaluate(strategy, order, 4)
-        trained = weights(strategy.module)
-        names = {p: key for key, p in strategy.module.named_parameters()}
-        state = {"model": {key: p for p, key in names.items()}, "optim": optim.state_tensors(strategy.optimizer, names)}
-        checkpoint.save(f"{folder}/{name}-{world}", STEPS, state, {}, rank, world)
+        trained = weights(strategy)
+        checkpoint.save(f"{folder}/{name}-{world}", STEPS, worker.state(strategy), {}, rank, world)
         assert strategy.module.training
         found.append((first, losses, trained))
     return found

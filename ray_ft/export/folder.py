@@ -12,20 +12,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ray_ft import __version__, paths
-from ray_ft.data.order import Order
 from ray_ft.data.render import Renderer, load_tokenizer
 from ray_ft.errors import ExportError
+from ray_ft.export import weights
+from ray_ft.export.proof import prove
 from ray_ft.model import load
-from ray_ft.model.loss import LossModel
 from ray_ft.paths import MANIFEST, MANIFEST_FORMAT, Manifest
-from ray_ft.train.loop import tensors
 from ray_ft.train.metrics import read_metrics
 from ray_ft.trained import Trained
 from ray_ft.view import View
@@ -56,10 +52,10 @@ def export(run: str, view: View, to: str | None = None) -> Manifest:
         os.makedirs(scratch, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=".export-", dir=scratch)
     try:
-        _write_weights(trained, folder)
+        weights.write(trained, folder)
         _copy_rest(trained, folder)
         facts = _describe(trained, folder)
-        checks = _prove(trained, folder, view)
+        checks = prove(trained, folder, view)
         _write_card(trained, folder, facts, checks)
         content = {**facts, "checks": checks, "files": _files(folder)}
         paths.write_json(os.path.join(folder, MANIFEST), content)
@@ -84,38 +80,6 @@ def _publish(folder: str, target: str) -> None:
     paths.delete_dir(target)
     paths.upload_dir(folder, target)
     paths.write_bytes(paths.join(target, MANIFEST), manifest)
-
-
-def _write_weights(trained: Trained, folder: str) -> None:
-    """The base's files with trained tensors in place of the base's."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    files, names = load.weight_files(trained.base), trained.trained_names()
-    if absent := sorted(names - set(files)):
-        raise ExportError(
-            f"the checkpoint trains {', '.join(absent[:3])}, which the base {trained.base} does not hold",
-            ["export with the base that the run was trained from (model.path)"],
-        )
-    changed = 0
-    for file in sorted(set(files.values())):
-        with safe_open(os.path.join(trained.base, file), framework="pt") as base:
-            content = {name: base.get_tensor(name) for name in sorted(n for n, f in files.items() if f == file)}
-        fresh = {name: torch.empty_like(content[name]) for name in content if name in names}
-        if fresh:
-            trained.read(fresh)
-        for name, tensor in fresh.items():
-            if not torch.isfinite(tensor).all():
-                raise ExportError(f"{name} holds values that are not finite", ["resume from an earlier checkpoint"])
-            changed += not torch.equal(tensor, content[name])
-        save_file({**content, **fresh}, os.path.join(folder, file), metadata={"format": "pt"})
-    if not changed:
-        raise ExportError(
-            f"no tensor differs from the base after {trained.found.step} steps: this would publish the base model",
-            ["check train.optimizer.lr and model.freeze", "a learning rate below the export precision rounds away"],
-        )
-    if len(set(files.values())) > 1:
-        shutil.copy(os.path.join(trained.base, load.INDEX), folder)
 
 
 def _copy_rest(trained: Trained, folder: str) -> None:
@@ -170,74 +134,6 @@ def _describe(trained: Trained, folder: str) -> dict[str, Any]:
         },
         "serve": recipe.serve.model_dump(mode="json"),
     }
-
-
-# ---------------------------------------------------------------------------------------------------------- proof
-
-
-@torch.no_grad()
-def _prove(trained: Trained, folder: str, view: View) -> dict[str, Any]:
-    """The folder, loaded by transformers alone, answers like the trained weights on a real row.
-
-    Both compute in the exported precision, so the tolerance only covers the order of additions.
-    """
-    from transformers import AutoModelForCausalLM
-
-    config = load.load_config(trained.base)
-    dtype = load.stored_dtype(config)
-    recipe = trained.recipe
-    prepared = trained.prepared("eval") or trained.prepared("train")
-    assert prepared is not None
-    row = next(Order.once(prepared).slices(0, 1)).read(prepared)
-    ids, positions, labels = tensors(row, torch.device("cpu"))
-
-    expected_model = trained.model(torch.device("cpu"), dtype)
-    expected = _logits(expected_model, ids, positions)
-    expected_loss = float(LossModel(expected_model, recipe.train.loss_chunk)(ids, positions, labels))
-    expected_names = set(load.stored_names(expected_model))
-    del expected_model
-
-    with _quiet():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-        )
-    faults = {name: sorted(keys) for name, keys in info.items() if keys}
-    if faults or set(load.stored_names(model)) != expected_names:
-        raise ExportError(
-            f"transformers does not load the exported folder cleanly: {faults}", ["report this with the recipe"]
-        )
-    found = _logits(model, ids, positions)
-    difference = float((found - expected).abs().max())
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2 * float(expected.abs().max())
-    if not difference <= tolerance:  # also refuses NaN
-        raise ExportError(
-            f"the exported model's logits differ from the trained ones by {difference:.3g}, over {tolerance:.3g}",
-            ["report this with the recipe: what was written is not what was trained"],
-        )
-    view.line(f"checked: {len(expected_names)} tensors, logits differ by at most {difference:.1e} (≤ {tolerance:.1e})")
-    return {
-        "tensors": len(expected_names),
-        "logits_max_difference": difference,
-        "logits_tolerance": tolerance,
-        "row_loss": expected_loss,
-    }
-
-
-def _logits(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
-
-
-class _quiet:
-    """Silences the loading bars of transformers for a block."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._restore: Callable[[], None] = logging.enable_progress_bar
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
 
 
 def _files(folder: str) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,23 @@
+"""Arithmetic of a training step, counted on the model itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def flops_per_token(model: PreTrainedModel) -> float:
+    """Matrix-product FLOPs of a training step per token: 6 per trained weight, 4 per frozen one (it has no gradient).
+
+    Counted as in Kaplan et al. 2020, over what text passes through: without attention scores, towers for other inputs,
+    and embedding look-ups (unless the matrix is also the output projection). An under-count, so that MFU is never
+    flattered.
+    """
+    head = model.get_output_embeddings().weight
+    looked_up = model.get_input_embeddings().weight
+    used = {id(p): p for p in [*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()]}
+    if looked_up is not head:
+        used.pop(id(looked_up), None)
+    return float(sum(p.numel() * (6 if p.requires_grad else 4) for p in used.values() if p.dim() >= 2))
