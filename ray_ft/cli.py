@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,6 +71,39 @@ def data(
     for split, prepared in job.splits.items():
         check(prepared, settings, split, prepared.rejects)
     view.line(f"next: ray-ft train {' '.join([path, *(overrides or ())])}")
+
+
+@app.command()
+def plan(
+    path: RecipePath,
+    overrides: Overrides = None,
+    gpu: Annotated[str | None, typer.Option(help="GPU, such as h100-80; all are in ray_ft/plan/gpus.yaml.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Machines; default: as many as train.workers needs.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each machine.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Tokens of the whole run, for its hours and dollars.")] = None,
+    prices: Annotated[str | None, typer.Option(help="File that replaces parts of gpus.yaml.")] = None,
+    config: Annotated[str | None, typer.Option(help="The model's config.json, where model.path has none.")] = None,
+    top: Annotated[int, typer.Option(help="Settings to show of those that fit.", min=1)] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Reckon memory, speed and cost before training; exits with 1 where the recipe does not fit."""
+    from ray_ft import plan as planning
+
+    answer = planning.answer(
+        recipe.load(path, overrides or ()),
+        gpu=gpu,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        tokens=tokens,
+        prices=prices,
+        config=config,
+        top=top,
+    )
+    if as_json:
+        print(json.dumps(answer.as_json(), indent=2))
+    else:
+        answer.show(View().console, shlex.join([path, *(overrides or ())]))
+    raise typer.Exit(0 if answer.plan.fits else 1)
 
 
 @app.command()

@@ -95,7 +95,8 @@ class Trained:
             CheckpointError: the checkpoint and the recipe's model do not hold the same adapter and parameters.
         """
         config, settings = load.load_config(self.base), self.recipe.model
-        chosen = attention.choose(settings.attention, device.type, config)
+        # What it was trained with may not run here: an export or evaluation on CPUs of what GPUs have trained.
+        chosen = attention.choose("auto", device.type, config, dtype)
         model = load.build(config, chosen.implementation, dtype)
         adapted = adapt.adapt(model, settings, dtype, dtype, packed=device.type == "cuda")
         load.allocate(model, device)

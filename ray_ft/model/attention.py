@@ -1,8 +1,9 @@
 """Which attention implementation trains a model, and why.
 
 Packed documents are kept apart by position ids alone, so only implementations that honour them are offered:
-FlashAttention 2 (by sequence lengths), and PyTorch's scaled dot-product, flex and eager attention (by a block mask that
-transformers makes of the positions).
+FlashAttention 2 (by sequence lengths, see `loss`), and PyTorch's scaled dot-product, flex and eager attention (by a
+block mask that transformers makes of the positions). Limits: layers without attention (state-space and linear ones) let
+packed documents see each other whatever is chosen; train such families with ``data.packing: false``.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from ray_ft.errors import ModelError
+from ray_ft.model.load import model_class
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 FLASH = "flash_attention_2"
 FLASH_HEAD_DIM = 256  # largest that its kernels have (flash-attn's README)
+FLASH_GPU = (8, 0)  # oldest that they run on: Ampere (the same)
 
 
 @dataclass(frozen=True)
@@ -28,26 +33,34 @@ class Choice:
     reason: str
 
 
-def choose(setting: str, device_type: str, config: PretrainedConfig) -> Choice:
+def choose(setting: str, device_type: str, config: PretrainedConfig, dtype: torch.dtype | None = None) -> Choice:
     """The implementation for the recipe's `model.attention`.
+
+    Args:
+        dtype: precision of the computation; None: what is usual on the device, bfloat16 on GPUs.
 
     Raises:
         ModelError: one is asked for that does not work here.
     """
-    obstacle = _obstacle(device_type, config)
+    dtype = dtype or (torch.bfloat16 if device_type == "cuda" else torch.float32)
+    obstacle = _no_flash(device_type, config, dtype)
     if setting == "auto":
         if obstacle is None:
             return Choice(FLASH, "flash_attention_2: it is installed and fits the model")
+        if no_sdpa := _no_sdpa(config):
+            return Choice("eager", f"eager, not flash_attention_2: {obstacle}; not sdpa: {no_sdpa}")
         return Choice("sdpa", f"sdpa, not flash_attention_2: {obstacle}")
-    if setting == FLASH and obstacle:
+    obstacles = {FLASH: obstacle, "sdpa": _no_sdpa(config), "flex_attention": _no_flex(device_type, config)}
+    if why := obstacles.get(setting):
+        instead = choose("auto", device_type, config, dtype).implementation
         raise ModelError(
-            f"model.attention = {setting!r} cannot be used: {obstacle}",
-            ["model.attention=auto takes what works and says why", "model.attention=sdpa works everywhere"],
+            f"model.attention = {setting!r} cannot be used: {why}",
+            ["model.attention=auto takes what works and says why", f"model.attention={instead} works here"],
         )
     return Choice(setting, f"{setting}, as the recipe says")
 
 
-def _obstacle(device_type: str, config: PretrainedConfig) -> str | None:
+def _no_flash(device_type: str, config: PretrainedConfig, dtype: torch.dtype) -> str | None:
     """Why FlashAttention 2 cannot be used; None where it can."""
     if device_type != "cuda":
         return f"it needs a GPU, and the device is {device_type}"
@@ -57,8 +70,34 @@ def _obstacle(device_type: str, config: PretrainedConfig) -> str | None:
 
     if not is_flash_attn_2_available():
         return "the installed flash_attn is too old for transformers, or not built for this GPU"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < FLASH_GPU:
+        return f"it needs an Ampere GPU or a newer one, and this is a {torch.cuda.get_device_name()}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in 16 bits, and the computation is in {str(dtype).removeprefix('torch.')}"
     text = config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if head_dim > FLASH_HEAD_DIM:
         return f"its heads have {head_dim} dimensions, over {FLASH_HEAD_DIM}"
-    return None
+    return _unsupported(config, "_supports_flash_attn")
+
+
+def _no_sdpa(config: PretrainedConfig) -> str | None:
+    cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    if cap is not None:
+        # transformers passes it on and its SDPA drops it: Gemma 2 would train with other scores than it answers with.
+        return f"it leaves out the model's soft cap of attention scores (attn_logit_softcapping = {cap:g})"
+    return _unsupported(config, "_supports_sdpa")
+
+
+def _no_flex(device_type: str, config: PretrainedConfig) -> str | None:
+    if device_type == "cpu":
+        return "PyTorch's flex_attention has no backward pass on CPUs"
+    if dropout := getattr(config.get_text_config(), "attention_dropout", 0.0):
+        return f"it has no dropout, and the model has attention_dropout = {dropout:g}"
+    return _unsupported(config, "_supports_flex_attn")
+
+
+def _unsupported(config: PretrainedConfig, flag: str) -> str | None:
+    if getattr(model_class(config), flag, False):
+        return None
+    return f"transformers has none for model_type {config.model_type!r}"

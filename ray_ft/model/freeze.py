@@ -1,4 +1,8 @@
-"""Which of a model's own parameters are trained: parts by name, and patterns of parameter names."""
+"""Which of a model's own parameters are trained: parts by name, and patterns of parameter names.
+
+Tied input and output embeddings are one tensor: freezing either freezes it, and it cannot be frozen by one name and
+trained by the other. A projector between a tower and the language model is part of none of them.
+"""
 
 from __future__ import annotations
 
@@ -33,20 +37,26 @@ def freeze(model: PreTrainedModel, frozen: Sequence[str], trained: Sequence[str]
     Raises:
         ModelError: an entry matches nothing (a misspelt one would silently train all), or contradicts another.
     """
-    parameters = dict(model.named_parameters())
+    tensors: dict[nn.Parameter, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tensors.setdefault(parameter, set()).add(name)
     off = {entry: _matching(model, entry, "model.freeze") for entry in frozen}
     on = {entry: _matching(model, entry, "model.unfreeze") for entry in trained}
-    for parts, others in (("input_embeddings", "output_embeddings"), ("output_embeddings", "input_embeddings")):
-        if off.get(parts) and off.get(parts) == on.get(others):
-            raise ModelError(
-                f"model.freeze names {parts} and model.unfreeze {others}, which are one tensor in this model",
-                ["remove one of them: tied embeddings are frozen or trained together"],
-            )
-    for name in set().union(*off.values()):
-        parameters[name].requires_grad_(False)
-    for name in set().union(*on.values()):
-        parameters[name].requires_grad_(True)
-    return {name for name, parameter in parameters.items() if not parameter.requires_grad}
+    for parameter, names in tensors.items():
+        wanted = {name for matching in on.values() for name in names & matching}
+        for entry, matching in off.items():
+            if wanted and names & matching and not wanted & matching:
+                other = next(other for other, matching in on.items() if names & matching)
+                raise ModelError(
+                    f"model.freeze names {entry} and model.unfreeze {other}, which are one tensor in this model: "
+                    f"{' is '.join(sorted(names))}",
+                    ["remove one of them: tied embeddings are frozen or trained together"],
+                )
+        if wanted:
+            parameter.requires_grad_(True)
+        elif any(names & matching for matching in off.values()):
+            parameter.requires_grad_(False)
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
 def unreachable(model: PreTrainedModel) -> list[str]:
@@ -56,22 +66,25 @@ def unreachable(model: PreTrainedModel) -> list[str]:
 
 
 def _matching(model: PreTrainedModel, entry: str, setting: str) -> set[str]:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    """Names that an entry means; of tied tensors the ones by which it means them."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     if entry in PARTS:
-        found = {names[id(parameter)] for module in _modules(model, entry) for parameter in module.parameters()}
+        modules = {id(module) for module in _modules(model, entry)}
+        paths = tuple(f"{path}." for path, module in model.named_modules() if path and id(module) in modules)
+        found = {name for name in names if name.startswith(paths)}
         if not found:
             has = [part for part in PARTS if _modules(model, part)]
             raise ModelError(
                 f"{setting} names {entry}, and a {type(model).__name__} has none", [f"its parts: {', '.join(has)}"]
             )
         return found
-    found = set(fnmatch.filter(names.values(), entry))
+    found = set(fnmatch.filter(names, entry))
     if not found:
         raise ModelError(
             f"{setting} pattern {entry!r} matches no parameter",
             [
                 f"parts: {', '.join(part for part in PARTS if _modules(model, part))}",
-                f"names look like {', '.join(list(names.values())[:3])}",
+                f"names look like {', '.join(names[:3])}",
                 "patterns match the whole name: *embed_tokens*",
             ],
         )

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+#: What older checkpoints hold although it is computed; transformers passes over it too.
+COMPUTED = ("rotary_emb.inv_freq", "position_ids")
 BLOCK = 1 << 25  # elements that are read at once
 
 
@@ -47,22 +49,44 @@ def load_config(folder: str) -> PretrainedConfig:
         ) from error
 
 
-def build(config: PretrainedConfig, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model on the meta device: shapes and names, no memory.
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that computes logits for text.
 
     A config with parts besides its language model (such as a vision tower) gives the class that has them all: the
     language model's class alone would not find its weights in such a checkpoint.
 
+    Raises:
+        ModelError: transformers has none, such as for encoders.
+    """
+    mapping = _factory(config)._model_mapping
+    if getattr(config, "is_encoder_decoder", False) or type(config) not in mapping:
+        raise ModelError(
+            f"model_type {config.model_type!r} has no causal language model in transformers",
+            ["name a decoder, such as google/gemma-3-1b-it, or one with a vision tower, such as google/gemma-3-4b-it"],
+        )
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _factory(config: PretrainedConfig) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    several = config.get_text_config() is not config and type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if several else AutoModelForCausalLM
+
+
+def build(config: PretrainedConfig, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model on the meta device, of `model_class`: shapes and names, no memory.
+
     Args:
         attention: an implementation of transformers', as `attention.choose` names it.
-    """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    several = config.get_text_config() is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    factory = AutoModelForImageTextToText if several else AutoModelForCausalLM
+    Raises:
+        ModelError: the family has no causal language model.
+    """
+    model_class(config)
     with torch.device("meta"):
-        return factory.from_config(config, dtype=dtype, attn_implementation=attention)
+        return _factory(config).from_config(config, dtype=dtype, attn_implementation=attention)
 
 
 def weight_files(folder: str) -> dict[str, str]:
@@ -125,7 +149,7 @@ def stored_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     held in memory in another (``model.language_model.*``); the rules are those of transformers.
 
     Raises:
-        ModelError: the checkpoint holds tensors that transformers would put together or take apart.
+        ModelError: the checkpoint holds tensors that transformers would put together or take apart, or one twice.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
@@ -135,13 +159,18 @@ def stored_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
     # A checkpoint in the layout of memory has nothing to rename, and some rules would fire twice.
     known = stored_names(model) | set(model.all_tied_weights_keys)
-    found = {}
+    found: dict[str, str] = {}
     for key in keys:
         name, converted = (key, None) if key in known else rename_source_key(key, renamings, converters)
         if converted is not None:
             raise ModelError(
                 f"{key} of a {type(model).__name__} is stored in another form than it is trained in, which is not done",
                 ["name the folder that save_pretrained(folder, save_original_format=False) writes of the loaded model"],
+            )
+        if name in found:
+            raise ModelError(
+                f"the checkpoint holds {name} twice, as {found[name]} and as {key}",
+                ["fetch the folder again into an empty one: two layouts may be mixed"],
             )
         found[name] = key
     return found
@@ -153,7 +182,8 @@ def check_keys(expected: set[str], found: set[str], tied: set[str], folder: str)
     Raises:
         ModelError: naming the first few of either.
     """
-    missing, unexpected = sorted(expected - found), sorted(found - expected - tied)
+    missing = sorted(expected - found)
+    unexpected = sorted(name for name in found - expected - tied if not name.endswith(COMPUTED))
     if not (missing or unexpected):
         return
     faults = [
@@ -185,6 +215,11 @@ def allocate(model: PreTrainedModel, device: torch.device) -> None:
     model.tie_weights()
 
 
+def whole_spans(model: nn.Module) -> dict[str, Span]:
+    """The spans of a model that is not sharded, for `fill`."""
+    return {name: Span.whole(parameter) for name, parameter in model.named_parameters()}
+
+
 @torch.no_grad()
 def fill(model: PreTrainedModel, folder: str, spans: Mapping[str, Span]) -> None:
     """Give a model its weights, in place; its tensors are allocated but hold nothing yet.
@@ -197,59 +232,78 @@ def fill(model: PreTrainedModel, folder: str, spans: Mapping[str, Span]) -> None
         spans: this worker's run of each parameter, by its name in memory.
 
     Raises:
-        ModelError: a key is missing, unexpected, or of another shape, or a file is damaged.
+        ModelError: a key is missing, unexpected, or of another shape, a file is damaged, or what is tied in the model
+            has two values.
     """
     files = weight_files(folder)
     keys = stored_keys(model, files)
     check_keys(stored_names(model), set(keys), set(model.all_tied_weights_keys), folder)
-    targets: dict[str, Span | nn.Module] = {
-        name: Span.whole(buffer) for name, buffer in _persistent_buffers(model).items()
-    }
+    targets: dict[str, Any] = {name: Span.whole(buffer) for name, buffer in _persistent_buffers(model).items()}
     packed = dict(quantize.layers(model))
     for name, span in spans.items():
         stored = stored_name(name)
         if stored is not None:
             targets[stored] = packed.get(name, span)
-    by_file: dict[str, list[str]] = {}
-    for name in targets:
-        by_file.setdefault(files[keys[name]], []).append(name)
-    for file, names in by_file.items():
+    tied = {name: source for name, source in model.all_tied_weights_keys.items() if name in keys}
+    targets |= {name: targets[source] for name, source in tied.items()}
+    by_file: dict[tuple[bool, str], list[str]] = {}
+    for name in targets:  # duplicates of tied tensors last: they are compared with what has been read
+        by_file.setdefault((name in tied, files[keys[name]]), []).append(name)
+    for (duplicate, file), names in sorted(by_file.items()):
         path = os.path.join(folder, file)
         if not os.path.exists(path):
             raise ModelError(f"{path} is listed in {INDEX} but is not there", ["fetch the folder again"])
         with _opened(path) as tensors:
             for name in names:
-                target = targets[name]
-                if isinstance(target, Span):
-                    _fill_one(target, tensors.get_slice(keys[name]), name, path)
-                else:
-                    quantize.store(target, tensors.get_tensor(keys[name]))
+                target, source = targets[name], tensors.get_slice(keys[name])
+                if not isinstance(target, Span):
+                    _check_shape(source, (target.out_features, target.in_features), name, path)
+                    quantize.store(target, source[:])
+                    continue
+                for run, read in _runs(target, source, name, path):
+                    if not duplicate:
+                        run.copy_(read)
+                    elif not torch.equal(run, read.to(run)):
+                        raise _untied(name, tied[name], path)
     _compute_buffers(model)
 
 
-def _fill_one(span: Span, source: Any, name: str, path: str) -> None:
-    if tuple(source.get_shape()) != span.shape:
+def _check_shape(source: Any, shape: tuple[int, ...], name: str, path: str) -> None:
+    if tuple(source.get_shape()) != shape:
         raise ModelError(
-            f"{name} in {path} has shape {tuple(source.get_shape())}, config.json asks for {span.shape}",
+            f"{name} in {path} has shape {tuple(source.get_shape())}, config.json asks for {shape}",
             ["check that config.json belongs to these weights"],
         )
-    if not span.shape:
-        span.data.copy_(source[...].view(1))
-        return
-    if not span.data.numel():
+
+
+def _runs(span: Span, source: Any, name: str, path: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(A run of the span, the same elements as stored), of some rows of the file at a time."""
+    _check_shape(source, span.shape, name, path)
+    if not span.shape and span.data.numel():
+        yield span.data, source[...].view(1)
+    if not span.shape or not span.data.numel():
         return
     row = span.numel // span.shape[0]
-    rows = max(BLOCK // row, 1)
-    for first in range(span.start // row, -(-span.stop // row), rows):
-        read = source[first : first + rows].reshape(-1)
+    rows, last = max(BLOCK // row, 1), -(-span.stop // row)
+    for first in range(span.start // row, last, rows):
+        read = source[first : min(first + rows, last)].reshape(-1)
         start, stop = max(first * row, span.start), min(first * row + read.numel(), span.stop)
-        span.data[start - span.start : stop - span.start].copy_(read[start - first * row : stop - first * row])
+        yield span.data[start - span.start : stop - span.start], read[start - first * row : stop - first * row]
+
+
+def _untied(name: str, source: str, path: str) -> ModelError:
+    return ModelError(
+        f"{name} in {path} differs from {source}, and config.json says that they are one tensor",
+        ["set tie_word_embeddings to false in config.json, if they were trained apart"],
+    )
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:
     # The family's own initialisation computes them; marking what was loaded keeps it from touching anything else.
     for tensor in [*model.parameters(), *_persistent_buffers(model).values()]:
         tensor._is_hf_initialized = True
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)  # left by an earlier call, whose buffers may be gone
     model.initialize_weights()
 
 

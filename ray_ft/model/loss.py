@@ -7,17 +7,22 @@ computed again in the backward pass. For Gemma 3's 262,208 words and 8,192 targe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ray_ft.errors import ModelError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IGNORE = -100
+
+#: Factors that some families' heads apply to their logits, and the chunked loss does not.
+FACTORS = ("logits_scaling", "logit_scale", "lm_head_multiplier")
 
 
 class LossModel(nn.Module):
@@ -25,10 +30,20 @@ class LossModel(nn.Module):
 
     It wraps the model rather than calling parts of it from outside, because sharding strategies gather parameters in
     the forward hooks of the outermost module.
+
+    Raises:
+        ModelError: the family's logits have a factor that would be left out.
     """
 
     def __init__(self, model: PreTrainedModel, chunk: int) -> None:
         super().__init__()
+        text = model.config.get_text_config()
+        for name in FACTORS:
+            if (factor := getattr(text, name, None)) not in (None, 1):
+                raise ModelError(
+                    f"model_type {text.model_type!r} scales its logits ({name} = {factor}), which is not done here",
+                    ["name a model of another family, such as Gemma, Llama or Qwen"],
+                )
         self.model = model
         self.chunk = chunk
 
@@ -47,7 +62,7 @@ class LossModel(nn.Module):
         """
         # The language model itself: text passes by a vision-language model's towers, and its masks stay those of text.
         hidden = self.model.get_decoder()(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False
+            input_ids=input_ids, use_cache=False, **self._documents(position_ids)
         ).last_hidden_state
         targets = labels[:, 1:]
         wanted = targets != IGNORE
@@ -57,6 +72,23 @@ class LossModel(nn.Module):
             part = slice(start, start + self.chunk)
             total = total + checkpoint(self._chunk_loss, states[part], words[part], use_reentrant=False)
         return total
+
+    def _documents(self, position_ids: torch.Tensor) -> dict[str, Any]:
+        """Position ids, and what else the family or the attention needs to keep documents apart."""
+        text = self.model.config.get_text_config()
+        positions: dict[str, Any] = {"position_ids": position_ids}
+        if "mrope_section" in (getattr(text, "rope_parameters", None) or {}):
+            # Qwen's vision-language models turn by time, height and width; a fourth, first one tells documents apart.
+            positions["position_ids"] = position_ids.expand(4, *position_ids.shape)
+        if text._attn_implementation.startswith("flash_attention"):
+            # It has no mask, and transformers looks for documents in position ids only where there is a single row.
+            from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+
+            (bounds, _), (longest, _) = prepare_fa_kwargs_from_position_ids(position_ids)
+            length = int(longest)  # waits for the GPU once, not in each layer
+            positions |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+            positions |= {"max_length_q": length, "max_length_k": length}
+        return positions
 
     def _chunk_loss(self, states: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         logits = self.model.get_output_embeddings()(states).float()

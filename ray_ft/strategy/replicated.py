@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ray_ft.span import Span
+from ray_ft.strategy import allocate
 from ray_ft.strategy.base import Updater
 from ray_ft.strategy.direct import Direct
 
@@ -22,7 +23,10 @@ class Replicated(Direct):
         fill: Callable[[Mapping[str, Span]], None],
         make_optimizer: Updater,
     ) -> None:
-        self.module = _to_empty(module, self.layout.device)
+        allocate.buffers(module, self.layout.device)
+        for _ in allocate.OneByOne(module, self.layout.device).parameters():
+            pass  # asking for it is what allocates it
+        self.module = module
         fill(self.spans())
         self._make_optimizers(make_optimizer)
 
@@ -47,16 +51,3 @@ class Replicated(Direct):
                 parameter.grad = torch.zeros_like(parameter)
             self.all_reduce(parameter.grad)
         return parameters
-
-
-def _to_empty(module: nn.Module, device: torch.device) -> nn.Module:
-    """Allocate a module that is on the meta device; parameters that are one stay one, which torch alone forgets."""
-    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
-    for part in module.modules():
-        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
-            places.setdefault(parameter, []).append((part, name))
-    module.to_empty(device=device)
-    for (first, name), *others in places.values():
-        for part, other in others:
-            setattr(part, other, getattr(first, name))
-    return module

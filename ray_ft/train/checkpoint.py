@@ -126,7 +126,7 @@ def restore(location: str, spans: Mapping[str, Span], *, partial: bool = False) 
     try:
         stored = shards.read_index(location)
         sections = {key.partition("/")[0] for key in spans}
-        more = set() if partial else {key for key in stored if key.partition("/")[0] in sections} - spans.keys()
+        more = set() if partial else {key for key in stored if key.partition("/")[0] in sections} - _asked(spans)
         for what, names in (("lacks", spans.keys() - stored.keys()), ("also holds", more)):
             if names:
                 raise ValueError(
@@ -144,6 +144,15 @@ def restore(location: str, spans: Mapping[str, Span], *, partial: bool = False) 
                 "or with the model, optimizer, adapter and frozen parameters that it was written with",
             ],
         ) from error
+
+
+def _asked(spans: Mapping[str, Span]) -> set[str]:
+    """What all workers ask for: of a parameter that lies on another worker as a whole, one has no moments."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return set(spans)
+    names: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(names, set(spans))
+    return set().union(*names)
 
 
 def retain(folder: str, keep: int) -> None:

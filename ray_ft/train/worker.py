@@ -166,8 +166,8 @@ def build(recipe: Recipe, layout: Layout) -> Built:
 def state(strategy: Strategy) -> dict[str, Span]:
     """What a checkpoint holds: trained parameters and the optimizer's state, by qualified name. Between steps only."""
     moments = strategy.moments()
-    spans = strategy.spans()
+    trained = {name for name, parameter in strategy.named_parameters() if parameter.requires_grad}
     return {
-        **{f"model/{name}": spans[name] for name in moments},
+        **{f"model/{name}": span for name, span in strategy.spans().items() if name in trained},
         **{f"optim/{name}/{moment}": span for name, held in moments.items() for moment, span in held.items()},
     }

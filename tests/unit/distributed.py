@@ -31,6 +31,8 @@ from ray_ft.train import worker
 # ------------------------------------------------------------------------------------------------------- processes
 
 _PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "ray_ft.train.worker"]
+_PRELOADED += ["deepspeed"]  # its import takes seconds
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one
 _PRELOADED += ["transformers.models.gemma3.modeling_gemma3", "transformers.models.llama.modeling_llama"]
 
 
