@@ -7,6 +7,7 @@ CPUs bitsandbytes computes with weights that it unpacks at each use.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ from ray_ft.errors import ResourceError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# On CPUs it advises, whenever peft imports it, to install kernels for what is not done there.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 NF4: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
 BLOCKS = (64, 256)  # weights that share a scale, scales that share a scale: bitsandbytes' own

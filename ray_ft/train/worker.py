@@ -69,9 +69,14 @@ class Job:
         return found
 
     def identity(self) -> dict[str, Any]:
-        """What must not change for a run to be continued: with it, step and batch mean the same rows."""
+        """What must not change for a run to be continued, so that step, batch and weights keep their meaning."""
+        adapter = self.recipe.model.adapter
         return {
             "model.path": self.recipe.model.path,
+            # Of an adapter, what the shapes of its tensors do not tell.
+            "model.adapter.name": adapter.name if adapter else None,
+            "model.adapter.alpha": adapter.alpha if adapter else None,
+            "model.quantize": self.recipe.model.quantize,
             "data.train": paths.base_name(self.train.location),
             "train.global_batch": self.recipe.train.global_batch,
             "run.seed": self.recipe.run.seed,

@@ -57,9 +57,27 @@ def test_patterns_match_whole_names_and_unfreeze_wins() -> None:
         ([], ["*lora*"], r"model\.unfreeze pattern '\*lora\*' matches no parameter"),
         (["input_embeddings"], ["output_embeddings"], "one tensor"),
         (["output_embeddings"], ["input_embeddings"], "one tensor"),
+        (["*embed_tokens*"], ["lm_head*"], r"one tensor in this model: lm_head\.weight is model\.embed_tokens\.weight"),
+        (
+            ["*norm*", "lm_head*"],
+            ["*embed_tokens*", "*q_norm*"],
+            r"freeze names lm_head\* and model.unfreeze \*embed_tok",
+        ),
     ],
 )
 def test_what_matches_nothing_or_contradicts_itself_is_refused(frozen: list[str], free: list[str], said: str) -> None:
     with pytest.raises(ModelError, match=said) as caught:
         freeze(tiny.meta("gemma3_text"), frozen, free)
     assert caught.value.ways_out
+
+
+def test_a_tied_tensor_goes_by_either_name_and_unfreezing_one_of_all_is_no_contradiction() -> None:
+    for entry in ("lm_head*", "*embed_tokens*", "output_embeddings"):
+        assert freeze(tiny.meta("gemma3_text"), [entry], []) == {"model.embed_tokens.weight"}, entry
+    for unfrozen in ("input_embeddings", "lm_head*"):
+        model = tiny.meta("gemma3_text")
+        freeze(model, ["*"], [unfrozen])
+        assert trained(model) == {"model.embed_tokens.weight"}
+    model = tiny.meta("llama")  # untied: each goes its own way
+    freeze(model, ["input_embeddings"], ["output_embeddings"])
+    assert "lm_head.weight" in trained(model) and "model.embed_tokens.weight" not in trained(model)

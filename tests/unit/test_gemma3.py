@@ -248,8 +248,8 @@ def test_auto_says_what_it_takes_and_why(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_an_implementation_that_is_asked_for_is_taken_or_refused() -> None:
     config = tiny.config("llama")
-    for name in ("sdpa", "eager", "flex_attention"):
-        assert attention.choose(name, "cpu", config).implementation == name
+    for name, device in (("sdpa", "cpu"), ("eager", "cpu"), ("flex_attention", "cuda")):
+        assert attention.choose(name, device, config).implementation == name
     with pytest.raises(ModelError, match=r"'flash_attention_2' cannot be used: it needs a GPU") as caught:
         attention.choose("flash_attention_2", "cpu", config)
     assert "auto" in str(caught.value)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import models
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
+from ray_ft.errors import ModelError
 from ray_ft.model.loss import IGNORE, LossModel, decoder_layers
 
 VOCAB = 48
@@ -42,7 +44,7 @@ def batch(trained: float = 0.5) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 def reference(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     logits = model(input_ids=ids, position_ids=positions).logits.float()  # applies the soft cap by itself
-    return F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), labels[:, 1:].reshape(-1), reduction="sum")
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].reshape(-1), reduction="sum")
 
 
 def gradients(model: PreTrainedModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -109,3 +111,45 @@ def test_never_more_than_one_chunk_of_logits_is_alive(chunk: int) -> None:
 def test_decoder_layers_are_the_repeated_blocks() -> None:
     model = tiny()
     assert decoder_layers(model) == list(model.model.layers)
+
+
+def test_text_passes_by_the_vision_tower_with_the_loss_of_the_whole_model() -> None:
+    model = models.model("gemma3")
+    inputs = batch()
+    expected = reference(model, *inputs)  # through the whole model, without an image
+    called: list[str] = []
+    for name in ("vision_tower", "multi_modal_projector"):
+        model.get_submodule(f"model.{name}").register_forward_hook(lambda *_, name=name: called.append(name))
+    found = gradients(model, LossModel(model, 5)(*inputs))
+    torch.testing.assert_close(LossModel(model, 5)(*inputs), expected, rtol=1e-5, atol=1e-5)
+    assert called == []
+    assert found.keys() == {name for name, _ in model.named_parameters() if "language_model" in name}
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma3_text"])
+def test_checkpointing_recomputes_each_layer_once_and_changes_nothing(family: str) -> None:
+    model = models.model(family).train()
+    inputs = batch()
+    expected = gradients(model, LossModel(model, 5)(*inputs))
+    calls: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if module in decoder_layers(model) or module is model.get_decoder():
+            calls[name] = 0
+            module.register_forward_pre_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = gradients(model, LossModel(model, 5)(*inputs))
+    for name, count in calls.items():  # a layer again in the backward pass, the language model as a whole not
+        assert count == (0 if "vision" in name else 2 if "layers" in name else 1), name
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_logits_with_a_factor_are_refused_rather_than_trained_without_it() -> None:
+    config = GraniteConfig(**models.TEXT, logits_scaling=8.0, bos_token_id=1, eos_token_id=2)
+    with pytest.raises(ModelError, match=r"'granite' scales its logits \(logits_scaling = 8\.0\)") as caught:
+        LossModel(GraniteForCausalLM(config), 5)
+    assert caught.value.ways_out
+    config.logits_scaling = 1.0
+    model = GraniteForCausalLM(config)
+    torch.testing.assert_close(LossModel(model, 5)(*batch()), reference(model, *batch()), rtol=1e-5, atol=1e-5)
