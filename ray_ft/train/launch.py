@@ -362,6 +362,8 @@ def _ray_worker(config: dict[str, Any]) -> None:
     device = get_device() if config["cuda"] else torch.device("cpu")
     nodes = 1
     if job.recipe.train.fsdp.replicas == "nodes":
+        if config["cuda"]:
+            torch.cuda.set_device(device)  # over which NCCL talks
         ranks: list[Any] = [None] * world
         torch.distributed.all_gather_object(ranks, context.get_node_rank())
         nodes = len(set(ranks))

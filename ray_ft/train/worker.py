@@ -144,7 +144,7 @@ def build(recipe: Recipe, layout: Layout) -> Built:
         quantize.check(layout.device.type)
     folder = paths.model_folder(recipe.model.path)
     config = load.load_config(folder)
-    chosen = attention.choose(recipe.model.attention, layout.device.type, config)
+    chosen = attention.choose(recipe.model.attention, layout.device.type, config, layout.dtype)
     model = load.build(config, chosen.implementation)
     adapted = adapt.adapt(model, recipe.model, WEIGHTS[recipe.train.optimizer.weights], layout.dtype)
     if recipe.train.gradient_checkpointing:
