@@ -7,11 +7,11 @@ trained beside: where these were rounded to 4 bits, the rounded ones are written
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
 
 import torch
 
+from ray_ft import paths
 from ray_ft.errors import ExportError
 from ray_ft.model import adapt, adapter, load, quantize
 from ray_ft.recipe import Model
@@ -29,6 +29,7 @@ def write(trained: Trained, folder: str) -> None:
 
     files = load.weight_files(trained.base)
     plan = _Plan.of(trained, set(files))
+    files = {key: file for key, file in files.items() if key not in plan.copies}
     changed = learnt = 0
     for file in sorted(set(files.values())):
         with safe_open(os.path.join(trained.base, file), framework="pt") as base:
@@ -52,8 +53,9 @@ def write(trained: Trained, folder: str) -> None:
             f"no tensor differs from the base after {trained.found.step} steps: this would publish the base model",
             ways_out,
         )
-    if len(set(files.values())) > 1:
-        shutil.copy(os.path.join(trained.base, load.INDEX), folder)
+    index = os.path.join(trained.base, load.INDEX)
+    if os.path.exists(index):
+        paths.write_json(os.path.join(folder, load.INDEX), {**paths.read_json(index), "weight_map": files})
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,14 @@ class _Plan:
         trained: name in the checkpoint of what replaces it.
         adapters: name of the adapted module whose weight it is.
         rounded: keys of weights that were held in 4 bits, which takes `dtype`.
+        copies: keys of what the base stores a second time though it is tied; such a copy would stay the base's.
     """
 
     settings: Model
     trained: dict[str, str]
     adapters: dict[str, str]
     rounded: frozenset[str]
+    copies: frozenset[str]
     dtype: torch.dtype
 
     @classmethod
@@ -93,6 +97,7 @@ class _Plan:
             {keys[base]: name for name, base in stored.items() if base is not None},
             {keys[f"{layer}.weight"]: layer for layer in layers},
             frozenset(keys[name] for name in quantized),
+            frozenset(key for name, key in keys.items() if name in model.all_tied_weights_keys),
             dtype,
         )
 

@@ -120,10 +120,13 @@ def _mesh(layout: Layout, replicas: int | str) -> DeviceMesh:
 
 
 def _prefetch(blocks: list[nn.Module], ahead: int) -> None:
-    for at, block in enumerate(blocks):
-        assert isinstance(block, FSDPModule)
-        block.set_modules_to_forward_prefetch(blocks[at + 1 : at + 1 + ahead])
-        block.set_modules_to_backward_prefetch(blocks[max(at - ahead, 0) : at][::-1])
+    # Among blocks of a kind: a tower's blocks, gathered for a pass that does not come, would stay gathered.
+    for kind in {type(block) for block in blocks}:
+        alike = [block for block in blocks if type(block) is kind]
+        for at, block in enumerate(alike):
+            assert isinstance(block, FSDPModule)
+            block.set_modules_to_forward_prefetch(alike[at + 1 : at + 1 + ahead])
+            block.set_modules_to_backward_prefetch(alike[max(at - ahead, 0) : at][::-1])
 
 
 def first_row(parameter: DTensor) -> int:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from distributed import recipe_of
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 from ray_ft import paths
@@ -227,3 +227,21 @@ def test_an_adapter_on_a_vision_model_is_merged_under_the_names_of_its_files(
     assert type(model).__name__ == "Gemma3ForConditionalGeneration"
     live = Trained.of(recipe.run.dir.root).model(torch.device("cpu"), torch.float32)
     torch.testing.assert_close(model(IDS).logits, live(IDS).logits, rtol=0, atol=1e-4)
+
+
+def test_a_tied_weight_that_the_base_stores_twice_is_exported_once(demo: DemoPaths, tmp_path: Path) -> None:
+    """Else readers that take the second copy would answer with the base's output projection."""
+    folder = tmp_path / "base"
+    shutil.copytree(demo.base, folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    assert "lm_head.weight" not in tensors
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    twice = DemoPaths(demo.folder, str(folder), demo.train, demo.heldout)
+    options = ("data.eval=[]", "train.max_steps=3", "train.optimizer.lr=0.02")
+    recipe = recipe_of(twice, tmp_path / "runs", *options)
+    assert launch.train(recipe, Quiet()).complete
+    manifest = export(recipe.run.dir.root, Quiet())
+    [(_, exported)] = files_of(manifest.folder).items()
+    assert exported.keys() == tensors.keys()
+    assert not exported["model.embed_tokens.weight"].equal(tensors["model.embed_tokens.weight"])
