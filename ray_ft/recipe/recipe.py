@@ -27,7 +27,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _quantized_is_whole(self) -> Recipe:
-        if self.model.quantize and self.train.strategy != "none":
+        if self.model.quantize and self.train.workers and self.train.strategy != "none":
             raise ValueError(
                 f"model.quantize: {self.model.quantize} keeps the whole 4-bit base on each worker, which "
                 f"train.strategy: {self.train.strategy} would cut up; set train.strategy: none, or model.quantize: null"

@@ -151,17 +151,25 @@ class Train(Section):
     def _settings_of_this_strategy(self) -> Train:
         # A setting that nothing reads would look as if it had an effect.
         if self.zero != Zero() and not self.strategy.startswith("zero"):
-            raise ValueError(f"zero: is read by zero1, zero2 and zero3, and strategy is {self.strategy}; remove one")
+            raise ValueError(
+                f"zero: is read by zero1, zero2 and zero3, and strategy is {self.strategy}; remove it (train.zero={{}})"
+            )
         if self.fsdp != FSDP() and self.strategy != "fsdp":
-            raise ValueError(f"fsdp: is read by strategy fsdp, and strategy is {self.strategy}; remove one")
+            raise ValueError(
+                f"fsdp: is read by strategy fsdp, and strategy is {self.strategy}; remove it (train.fsdp={{}})"
+            )
         if self.zero.offload_parameters != "none" and self.strategy != "zero3":
             raise ValueError(
                 f"zero.offload_parameters: {self.zero.offload_parameters} needs sharded parameters, and strategy is "
                 f"{self.strategy}; set strategy: zero3, or offload_parameters: none"
             )
         replicas = self.fsdp.replicas
-        if isinstance(replicas, int) and self.world_size % replicas:
-            raise ValueError(f"fsdp.replicas: {replicas} does not divide workers: {self.workers}")
+        if self.workers and isinstance(replicas, int):
+            if self.workers % replicas:
+                raise ValueError(f"fsdp.replicas: {replicas} does not divide workers: {self.workers}")
+            size, group = self.fsdp.reshard_after_forward, self.workers // replicas
+            if not isinstance(size, bool) and group % size:
+                raise ValueError(f"fsdp.reshard_after_forward: {size} does not divide a group of {group} workers")
         return self
 
     @model_validator(mode="after")

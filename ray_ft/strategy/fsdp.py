@@ -48,11 +48,8 @@ class FSDP(Direct):
         """Cut the parameters up, and hook their gathering in; nothing is allocated on the meta device."""
         settings = self._settings
         self._mesh = _mesh(self.layout, settings.replicas)
-        lowered = self.layout.dtype != torch.float32
         # Gradients are summed in float32: in bfloat16 the sum over many workers would lose the small ones.
-        policy = MixedPrecisionPolicy(
-            param_dtype=self.layout.dtype if lowered else None, reduce_dtype=torch.float32 if lowered else None
-        )
+        policy = MixedPrecisionPolicy(param_dtype=self.layout.dtype, reduce_dtype=torch.float32)
         # Without pinned memory where there is no GPU to copy to.
         offload = CPUOffloadPolicy(pin_memory=self.layout.device.type == "cuda")
         offload_policy = offload if settings.cpu_offload else OffloadPolicy()
@@ -78,8 +75,10 @@ class FSDP(Direct):
     def evaluating(self) -> Iterator[None]:
         with super().evaluating():
             yield
-        # The outermost module keeps its parameters gathered until a backward pass, which does not come here.
-        self._root.reshard()
+        # What stays gathered after its forward pass waits for a backward pass, which does not come here.
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
     def precision(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()  # the mixed-precision policy casts inside the hooks

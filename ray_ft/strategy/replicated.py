@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ray_ft.errors import ModelError
 from ray_ft.span import Span
 from ray_ft.strategy import allocate
 from ray_ft.strategy.base import Updater
@@ -23,6 +24,12 @@ class Replicated(Direct):
         fill: Callable[[Mapping[str, Span]], None],
         make_optimizer: Updater,
     ) -> None:
+        kept = {p.dtype for p in module.parameters() if p.is_floating_point()}
+        if self.layout.dtype == torch.float32 and len(kept) > 1:
+            raise ModelError(
+                "train.optimizer.weights: bfloat16 beside frozen float32 weights needs a computation in bfloat16",
+                ["model.dtype=bfloat16", "train.optimizer.weights=float32", "train.strategy=fsdp"],
+            )
         allocate.buffers(module, self.layout.device)
         for _ in allocate.OneByOne(module, self.layout.device).parameters():
             pass  # asking for it is what allocates it

@@ -36,6 +36,10 @@ class Found:
     state: dict[str, Any]
 
 
+class OtherFormat(CheckpointError):
+    """A checkpoint that another version wrote."""
+
+
 def name(step: int) -> str:
     return f"{PREFIX}{step:08d}"
 
@@ -60,6 +64,8 @@ def newest(folder: str, on_broken: Any = None) -> Found | None:
         location = paths.join(folder, name(step))
         try:
             return Found(location, step, _verify(location))
+        except OtherFormat:
+            raise  # it is not broken: to begin anew would throw the run away
         except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if on_broken is not None:
                 aside = _free(paths.add_suffix(location, ".broken"))
@@ -83,7 +89,10 @@ def _verify(location: str) -> dict[str, Any]:
             raise CheckpointError(f"{file} has {info.size} bytes, {size} were committed")
     state = paths.read_json(paths.join(location, "state.json"))
     if state["format"] != FORMAT:
-        raise CheckpointError(f"format {state['format']!r}, this version reads {FORMAT}")
+        raise OtherFormat(
+            f"{location} is in format {state['format']!r}, this version reads {FORMAT}",
+            ["continue it with the version that wrote it", "train under another run.name"],
+        )
     return state
 
 
@@ -109,6 +118,11 @@ def save(folder: str, step: int, spans: Mapping[str, Span], state: dict[str, Any
         paths.write_json(paths.join(location, "state.json"), {"format": FORMAT, "step": step, **state})
         fs, path = paths.filesystem(location)
         sizes = {info.base_name: info.size for info in fs.get_file_info(pafs.FileSelector(path))}
+        if lost := [file for file, _ in everything if file not in sizes]:
+            raise CheckpointError(
+                f"{location} lacks {', '.join(lost[:3])}, which other workers wrote",
+                ["run.storage must be one place that every node reaches"],
+            )
         paths.write_json(paths.join(location, COMMITTED), {"files": sizes})
     _barrier(world)
     return location

@@ -188,7 +188,7 @@ def _as_ours(error: BaseException, run: paths.RunDir) -> BaseException:
         [
             f"each worker's whole traceback: {run.at('logs')}",
             "train again to resume at the newest checkpoint",
-            "train.workers=0 train.strategy=none runs the same loop here, for a debugger",
+            "train.workers=0 runs the same loop here, for a debugger",
         ],
     )
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.fs as pafs
 import torch
 
 from ray_ft import paths
@@ -60,14 +61,13 @@ def write(folder: str, rank: int, spans: Mapping[str, Span]) -> Written:
     file = f"shard_{rank:05d}.safetensors"
     location = paths.join(folder, file)
     fs, path = paths.filesystem(location)
-    if not paths.is_uri(location):
-        os.makedirs(folder, exist_ok=True)
+    fs.create_dir(os.path.dirname(path), recursive=True)
     with fs.open_output_stream(path, compression=None) as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for span in owned.values():
             for block in _blocks(span.data):
                 stream.write(block.contiguous().view(torch.uint8).numpy())
-    if not paths.is_uri(location):
+    if isinstance(fs, pafs.LocalFileSystem):
         _flush_to_disk(path)
     return file, {name: (span.start, span.stop, span.shape, CODES[span.data.dtype]) for name, span in owned.items()}
 

@@ -20,7 +20,7 @@ from ray_ft.model.loss import LossModel, decoder_layers
 from ray_ft.recipe import Recipe
 from ray_ft.span import Span
 from ray_ft.strategy import Layout, Strategy, make
-from ray_ft.train import checkpoint, optim
+from ray_ft.train import checkpoint, optim, rounding
 from ray_ft.train.loop import Link, train
 from ray_ft.train.metrics import Meter
 from ray_ft.train.schedule import total_steps
@@ -97,7 +97,6 @@ def run(job: Job, layout: Layout, batches_from: BatchesFrom, link: Link) -> int:
         torch.set_num_threads(max(int(recipe.train.cpus_per_worker), 1))
     if layout.device.type == "cuda":
         torch.cuda.set_device(layout.device)  # NCCL and `torch.cuda` calls without a device mean this one
-    torch.manual_seed(recipe.run.seed)  # dropout, in families that have any
 
     order = job.order
     held_out = Order.once(job.held_out) if job.held_out else None
@@ -106,6 +105,8 @@ def run(job: Job, layout: Layout, batches_from: BatchesFrom, link: Link) -> int:
     start = found.step if found else 0
     if start >= total:
         return start
+    # Of dropout: other masks on each worker, and others after resuming than at the start.
+    torch.manual_seed(rounding.seed_of(recipe.run.seed, start, f"worker {layout.rank}") >> 1)
     # Ray Data takes seconds to deliver its first rows; the model is built meanwhile.
     batches = ahead(batches_from(order, start, total))
 

@@ -210,6 +210,33 @@ def test_after_damage_the_run_ends_as_it_had_ended(
     assert checkpoint.steps(str(folder_of(copied))) == [2, 4, 6]
 
 
+def test_another_versions_checkpoint_is_refused_and_left_where_it_is(demo: DemoPaths, copied: Path) -> None:
+    folder = folder_of(copied) / checkpoint.name(6)
+    state = json.loads((folder / "state.json").read_text())
+    text = json.dumps({**state, "format": 1})
+    (folder / "state.json").write_text(text)
+    listing = json.loads((folder / "COMMITTED").read_text())
+    listing["files"]["state.json"] = len(text)
+    (folder / "COMMITTED").write_text(json.dumps(listing))
+    with pytest.raises(CheckpointError, match="is in format 1, this version reads 2"):
+        job_of(demo, copied, "train.checkpoint={every: 2, keep: 9}")
+    assert checkpoint.steps(str(folder_of(copied))) == [2, 4, 6]
+
+
+def test_a_shard_that_does_not_reach_the_storage_stops_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # such as a local folder where workers are on several machines
+    real = shards.write
+
+    def elsewhere(folder: str, rank: int, spans: Any) -> Any:
+        return real(str(tmp_path / "elsewhere"), rank, spans)
+
+    monkeypatch.setattr(shards, "write", elsewhere)
+    with pytest.raises(CheckpointError, match=r"lacks shard_00000\.safetensors, which other workers wrote"):
+        checkpoint.save(str(tmp_path / "here"), 1, {"model/a": Span.whole(torch.ones(3))}, {}, 0, 1)
+    assert checkpoint.steps(str(tmp_path / "here")) == []
+
+
 def test_uncommitted_checkpoints_do_not_count(copied: Path) -> None:
     folder = folder_of(copied)
     (folder / checkpoint.name(6) / "COMMITTED").unlink()

@@ -296,6 +296,10 @@ TOGETHER = [
     (["train.strategy=zero2", "train.zero.offload_parameters=cpu"], "set strategy: zero3"),
     (["train.strategy=zero3", "train.zero.offload_optimizer=nvme"], "needs nvme_path"),
     (["train.workers=4", "train.fsdp.replicas=3"], "fsdp.replicas: 3 does not divide workers: 4"),
+    (
+        ["train.workers=4", "train.fsdp={replicas: 2, reshard_after_forward: 4}"],
+        "fsdp.reshard_after_forward: 4 does not divide a group of 2 workers",
+    ),
     (["train.optimizer.weights=bfloat16"], "set optimizer.name: adafactor or adamw_8bit"),
     (["train.strategy=zero3", "train.optimizer={name: adafactor, weights: bfloat16}"], "set strategy: fsdp"),
     (["train.strategy=zero3", "train.optimizer.name=adamw_8bit"], "optimizer.name: adamw_8bit is for strategy fsdp"),
@@ -315,6 +319,8 @@ def test_settings_that_contradict_each_other_are_refused_with_a_way_out(override
 
 
 def test_settings_that_go_together_are_taken() -> None:
+    parse("train.workers=0", "train.fsdp={replicas: 2, cpu_offload: true}")  # for a debugger, of any recipe
+    parse("train.workers=0", "model.quantize=nf4", "model.adapter={name: lora}")
     parse("train.strategy=zero3", "train.zero={offload_optimizer: nvme, offload_parameters: cpu, nvme_path: /nvme}")
     parse("train.clip_norm=null", "train.micro_batch=16", "train.optimizer={name: adafactor, in_backward: true}")
     parse("train.strategy=none", "model.quantize=nf4", "model.adapter={name: dora}")

@@ -101,6 +101,15 @@ def test_pieces_that_do_not_make_up_the_whole_are_refused(
         shards.write_index(str(tmp_path), written)
 
 
+def test_a_filesystem_whose_folders_have_to_be_made(tmp_path: Path) -> None:
+    folder = f"file://{tmp_path}/not/yet/there"
+    tensor = torch.arange(6.0)
+    shards.write_index(folder, [shards.write(folder, 0, {"model/a": Span.whole(tensor)})])
+    found = Span.whole(torch.zeros(6))
+    shards.read(folder, shards.read_index(folder), {"model/a": found})
+    assert torch.equal(found.data, tensor)
+
+
 def test_the_files_are_ordinary_safetensors(tmp_path: Path) -> None:
     tensors = values(torch.bfloat16)
     write(tmp_path, tensors, 1, seed=0)

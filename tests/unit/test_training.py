@@ -287,7 +287,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_it_and_the_ro
 def evaluate_all(rank: int, world: int, demo: DemoPaths, held_out: Prepared, folder: str) -> list[Any]:
     """For each strategy: losses of evaluations, and what training gave between them."""
     found = []
-    for name in ("fsdp", "zero3", "none"):
+    for name in ("fsdp", "fsdp tuned", "zero3", "none"):
         recipe = recipe_for(demo, name, world, 4, True)
         order, share = Order.once(held_out, window_rows=7), recipe.train.rows_per_worker
         strategy = build(recipe, rank, world)
