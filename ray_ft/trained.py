@@ -100,7 +100,7 @@ class Trained:
         model = load.build(config, chosen.implementation, dtype)
         adapted = adapt.adapt(model, settings, dtype, dtype, packed=device.type == "cuda")
         load.allocate(model, device)
-        load.fill(model, self.base, {name: Span.whole(parameter) for name, parameter in model.named_parameters()})
+        load.fill(model, self.base, load.whole_spans(model))
         names = self.trained_names()
         trained = {}
         for name, parameter in model.named_parameters():

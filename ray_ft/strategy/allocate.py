@@ -22,6 +22,11 @@ class OneByOne(nn.Module):
         self._stands_for = (module,)  # in a tuple: not a submodule
         self._device, self._dtype = device, dtype
 
+    def allocate(self) -> None:
+        """Allocate all parameters, for a module that is not cut up."""
+        for _ in self.parameters():
+            pass  # asking for it is what allocates it
+
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
         for part in self._stands_for[0].modules():

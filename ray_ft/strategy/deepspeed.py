@@ -105,8 +105,7 @@ class Zero(Strategy):
             zero_blocks.prepare(blocks)
             deepspeed.zero.Init(module=one_by_one, config_dict_or_path=config)
         else:
-            for _ in one_by_one.parameters():
-                pass  # asking for it is what allocates it
+            one_by_one.allocate()
         return config
 
     # ------------------------------------------------------------------------------------------------ construction

@@ -31,8 +31,7 @@ class Replicated(Direct):
                 ["model.dtype=bfloat16", "train.optimizer.weights=float32", "train.strategy=fsdp"],
             )
         allocate.buffers(module, self.layout.device)
-        for _ in allocate.OneByOne(module, self.layout.device).parameters():
-            pass  # asking for it is what allocates it
+        allocate.OneByOne(module, self.layout.device).allocate()
         self.module = module
         fill(self.spans())
         self._make_optimizers(make_optimizer)

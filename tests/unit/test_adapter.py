@@ -16,7 +16,7 @@ from ray_ft.data import pack
 from ray_ft.data.stream import Batch
 from ray_ft.demo import DemoPaths
 from ray_ft.errors import ModelError
-from ray_ft.model import adapter
+from ray_ft.model import adapter, load
 from ray_ft.recipe.model import Adapter
 from ray_ft.span import Span
 from ray_ft.train import loop
@@ -119,14 +119,10 @@ def adapted(kind: str, family: str = "gemma3_text", rank: int = 3) -> tuple[Any,
     return base, model, settings
 
 
-def whole_spans(model: nn.Module) -> dict[str, Span]:
-    return {name: Span.whole(parameter) for name, parameter in model.named_parameters()}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_adapter_computes_what_the_base_does_and_is_distributed_as_in_peft(kind: str) -> None:
     base, model, _ = adapted(kind)
-    adapter.initialise(model, whole_spans(model), seed=1)
+    adapter.initialise(model, load.whole_spans(model), seed=1)
     ids = torch.arange(20)[None]
     torch.testing.assert_close(model(ids).logits, base(ids).logits, rtol=0, atol=2e-6)
     for name, parameter in model.named_parameters():
@@ -198,7 +194,7 @@ def initial(rank: int, world: int, kind: str, cut: str) -> dict[str, torch.Tenso
 def test_initial_values_are_the_same_in_any_cut(world: int) -> None:
     for kind in ("rslora", "dora"):
         _, model, _ = adapted(kind)
-        adapter.initialise(model, whole_spans(model), seed=7)
+        adapter.initialise(model, load.whole_spans(model), seed=7)
         expected = {name: p.detach() for name, p in model.named_parameters() if adapter.stored_name(name) is None}
         assert len(expected) == 14 * (3 if kind == "dora" else 2)
         for cut in ("flat", "rows", "copies") if kind == "dora" else ("flat",):
@@ -207,7 +203,7 @@ def test_initial_values_are_the_same_in_any_cut(world: int) -> None:
                 runs = [ranks[-1][name]] if cut == "copies" else [found[name] for found in ranks]
                 assert torch.equal(torch.cat(runs), tensor.view(-1)), (kind, cut, name)
     other = adapted("lora")[1]
-    adapter.initialise(other, whole_spans(other), seed=8)
+    adapter.initialise(other, load.whole_spans(other), seed=8)
     downs = [name for name in expected if name.endswith(adapter.DOWN)]
     assert not any(torch.equal(dict(other.named_parameters())[name], expected[name]) for name in downs)
 
