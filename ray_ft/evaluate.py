@@ -18,7 +18,7 @@ import torch
 from ray_ft import paths, session
 from ray_ft.data import pack, sources
 from ray_ft.data.order import Order
-from ray_ft.data.render import Renderer, load_tokenizer
+from ray_ft.data.render import Renderer, load_tokenizer, special_tokens
 from ray_ft.data.rows import Conversation, Joined, Sample, columns_used, to_sample
 from ray_ft.errors import DataError
 from ray_ft.model.loss import LossModel
@@ -65,6 +65,7 @@ def held_out_questions(recipe: Recipe, count: int) -> list[Question]:
 
 
 def _questions(recipe: Recipe) -> Iterable[Question]:
+    special = special_tokens(load_tokenizer(paths.model_folder(recipe.model.path, weights=False)))
     for number, source in enumerate(recipe.data.eval):
         for file in sources.find_files(source):
             before = 0
@@ -72,9 +73,9 @@ def _questions(recipe: Recipe) -> Iterable[Question]:
                 line = 0
                 for row in sources.read_rows(chunk, columns_used(source)):
                     line = row.line
-                    sample = to_sample(source, row.content) if isinstance(row.content, dict) else None
+                    sample = to_sample(source, row.content, special) if isinstance(row.content, dict) else None
                     if isinstance(sample, Conversation) or (isinstance(sample, Joined) and sample.prompt):
-                        yield Question(f"{file.uri}:{before + line}", sample)
+                        yield Question(f"{file.name}:{before + line}", sample)
                 before += line if file.kind == "jsonl" else 0
 
 

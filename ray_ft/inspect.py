@@ -43,6 +43,8 @@ def show(recipe: Recipe, splits: Mapping[Split, Prepared], console: Console, exa
         f"{settings.world_size} workers × {settings.accumulation} accumulation; {total_steps(recipe, order)} steps",
         markup=False,
     )
+    for line in order.passes_lines(total_steps(recipe, order) * settings.global_batch):
+        console.print(line, markup=False)
     if examples:
         tokenizer = load_tokenizer(paths.model_folder(recipe.model.path, weights=False))
         console.print(Text.assemble("examples (", ("trained tokens", TRAINED_STYLE), " are the targets of the loss):"))

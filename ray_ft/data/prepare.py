@@ -1,10 +1,11 @@
-"""Rows to packed rows on storage, once: read, check, tokenize, pack, count.
+"""Rows to packed rows, once: read, check, tokenize, pack, count.
 
 Ray Data spreads the chunks over the cluster; each is a pure function of its bytes, so the result does not depend on
 timing or on the number of nodes. Memory is bounded by one segment (`SEGMENT_TOKENS`) per running task, whatever the
 size of the data. The result is kept beside the runs under a key made of everything it depends on, and is shared by all
 runs that agree on it: training starts with its total number of steps known, no GPU waits for a tokenizer, and resuming
-or a further epoch tokenizes nothing again. It costs about 2 bytes of storage per token.
+or a further epoch tokenizes nothing again. It costs about 2 bytes of storage per token; with `data.cache: off` only the
+index and the rejects are kept, and chunks are rendered again when their rows are read.
 
     <storage>/_prepared/<key>/ shards/000000.parquet …  rejects.jsonl  stats.json (written last: the commit)
 """
@@ -14,149 +15,41 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ray_ft import paths
-from ray_ft.data import sources
-from ray_ft.data.pack import REAL, TRAINED, Rows, pack
+from ray_ft.data import duplicates, sources
+from ray_ft.data import identity as identities
+from ray_ft.data.checks import WAYS_BACK, all_files, check, check_before, check_stamp, check_unchanged
+from ray_ft.data.counts import TOO_LONG, Counts
+from ray_ft.data.files import File
+from ray_ft.data.lines import Reject
+from ray_ft.data.pack import REAL, TRAINED, pack
+from ray_ft.data.prepared import Origin, Prepared, Split, Unit, shard_name
 from ray_ft.data.render import Renderer, Tokens, load_tokenizer
 from ray_ft.data.rows import columns_used, to_sample
-from ray_ft.data.sources import Chunk, Reject
+from ray_ft.data.shard import Segment, ShardWriter
+from ray_ft.data.sources import Chunk
 from ray_ft.errors import DataError, ModelError
-from ray_ft.recipe import AnySource, Recipe, Source
+from ray_ft.recipe import AnySource, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1  # part of the key: raise it when the same input would give other rows
+__all__ = ["FORMAT", "Prepared", "Split", "check", "load", "prepare"]
+
+FORMAT = 2  # part of the key: raise it when the same input would give other rows, or the index another form
 SEGMENT_TOKENS = 2 << 20  # tokens packed together; one Parquet row group, 10 MB in memory
 ENCODE_BATCH = 512  # samples per call of the tokenizer
-TOO_LONG = "longer than seq_len"
 
-Split = Literal["train", "eval"]
 #: Applies a function to every item, anywhere, and yields the results in the order of the items.
 Spread = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One row group of packed rows: the smallest part that is read at once."""
-
-    shard: str
-    group: int
-    rows: int
-
-
-@dataclass
-class Counts:
-    """What happened to the rows of a chunk, or of all of them together."""
-
-    rows: int = 0
-    used: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    truncated: int = 0
-    packed: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    lengths: Counter[int] = field(default_factory=Counter)
-    """Samples by token length, rounded up to a power of two."""
-
-    def add(self, other: Counts) -> None:
-        for name in ("rows", "used", "truncated", "packed", "tokens", "trained_tokens"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.rejected.update(other.rejected)
-        self.lengths.update(other.lengths)
-
-    @property
-    def bad_share(self) -> float:
-        """Share of rows that are faulty; one that is merely too long is not."""
-        return (self.rejected.total() - self.rejected[TOO_LONG]) / max(self.rows, 1)
-
-    def common_reasons(self, count: int = 3) -> list[str]:
-        return [f"{number} × {reason}" for reason, number in self.rejected.most_common(count)]
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Counts:
-        counters = {
-            "rejected": Counter(content["rejected"]),
-            "lengths": Counter({int(k): v for k, v in content["lengths"].items()}),
-        }
-        return cls(**{**content, **counters})
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Packed rows of one split, ready to be read in any order."""
-
-    location: str
-    seq_len: int
-    counts: Counts
-    units: tuple[Unit, ...]
-    origins: dict[str, tuple[str, int]]
-    """Shard → (file that its rows come from, lines of that file before the shard's)."""
-    reused: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Packed rows: the unit of a batch."""
-        return self.counts.packed
-
-    @property
-    def non_pad_share(self) -> float:
-        return self.counts.tokens / max(self.counts.packed * self.seq_len, 1)
-
-    @property
-    def rejects(self) -> str:
-        return paths.join(self.location, "rejects.jsonl")
-
-    def read(self, units: Sequence[Unit]) -> Rows:
-        """The rows of some units, one after the other, in memory."""
-        parts, files = [], {}
-        for unit in units:
-            if unit.shard not in files:
-                fs, path = paths.filesystem(paths.join(self.location, "shards", unit.shard))
-                files[unit.shard] = pq.ParquetFile(fs.open_input_file(path))
-            table = files[unit.shard].read_row_group(unit.group, columns=["input_ids", "flags"])
-            parts.append(Rows(*(_matrix(table.column(name), self.seq_len) for name in ("input_ids", "flags"))))
-        return Rows.concatenate(parts)
-
-    def names(self, unit: Unit, row: int) -> list[str]:
-        """``file:line`` of the samples that share one packed row."""
-        fs, path = paths.filesystem(paths.join(self.location, "shards", unit.shard))
-        group = pq.ParquetFile(fs.open_input_file(path)).read_row_group(unit.group, columns=["lines"])
-        file, before = self.origins[unit.shard]
-        return [f"{file}:{before + line}" for line in group.column("lines")[row].as_py()]
-
-    def summary(self) -> str:
-        """What became of the rows, in a line."""
-        c = self.counts
-        long = c.rejected[TOO_LONG]
-        parts = [f"{c.rows:,} rows", f"{c.rejected.total() - long:,} rejected"]
-        parts += [f"{long:,} over {self.seq_len} tokens left out"] * bool(long) + [f"{c.truncated:,} cut"] * bool(
-            c.truncated
-        )
-        return ", ".join([*parts, f"{c.packed:,} packed rows, {self.non_pad_share:.1%} of them real tokens"])
-
-    def stats(self) -> dict[str, Any]:
-        """What `data/stats.json` of a run says."""
-        return {
-            "location": self.location,
-            "seq_len": self.seq_len,
-            "non_pad_share": round(self.non_pad_share, 4),
-            **self.counts.to_json(),
-        }
 
 
 def prepare(
@@ -174,86 +67,86 @@ def prepare(
         on_progress: called with (chunks done, chunks in all).
 
     Raises:
-        DataError: a path matches no file, or a Parquet file lacks a column or does not open.
+        DataError: a path matches no file, a Parquet file lacks a column or does not open, or a file changed meanwhile.
         ModelError: no usable tokenizer, or no chat template where the format needs one.
     """
     wanted: Sequence[AnySource] = getattr(recipe.data, split)
-    files = [(number, file) for number, source in enumerate(wanted) for file in sources.find_files(source)]
+    files = all_files(wanted)
     tokenizer = load_tokenizer(model_folder)
-    _check_before(wanted, files, has_template=bool(tokenizer.chat_template))
+    check_before(wanted, files, has_template=bool(tokenizer.chat_template))
     identity = {
         "format": FORMAT,
-        "sources": [source.model_dump(mode="json") for source in wanted],
-        "files": [[number, file.uri, file.stamp] for number, file in files],
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "template": [tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
-        "layout": [
-            recipe.data.seq_len,
-            recipe.data.packing,
-            recipe.data.long_rows,
-            sources.CHUNK_BYTES,
-            SEGMENT_TOKENS,
-        ],
+        "sources": identities.of_sources(wanted),
+        "files": identities.of_files(files),
+        **_identity_of(tokenizer),
+        "layout": {
+            "seq_len": recipe.data.seq_len,
+            "packing": recipe.data.packing,
+            "long_rows": recipe.data.long_rows,
+        },
+        "cut": {"chunk_bytes": sources.CHUNK_BYTES, "segment_tokens": SEGMENT_TOKENS},
     }
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
-    location = paths.join(recipe.run.storage, "_prepared", key)
-    prepared = load(location, reused=True)
-    if prepared is None:
-        # Other nodes resolve the model themselves: a hub id or a URI is not where this node has put it.
-        model = model_folder if os.path.isdir(recipe.model.path) else recipe.model.path
-        work = _Work(location, model, tuple(wanted), recipe.data.seq_len, recipe.data.packing, recipe.data.long_rows)
+    location = paths.join(recipe.run.storage, "_prepared", identities.key_of(identity))
+    # Held-out rows are few and read again at every evaluation, by every worker: their tokens are always kept.
+    cached = recipe.data.cache == "auto" or split == "eval"
+    prepared = load(location, recipe, split, model_folder, reused=True)
+    if prepared is None or (cached and prepared.render is not None):
         chunks = [chunk for number, file in files for chunk in sources.chunks_of(file, number)]
-        _run(work, chunks, spread, on_progress)
-        prepared = load(location)
+        _run(_Work.of(recipe, split, location, model_folder, identity), chunks, cached, identity, spread, on_progress)
+        prepared = load(location, recipe, split, model_folder)
         assert prepared is not None
     return prepared
 
 
-def _check_before(wanted: Sequence[Source], files: Sequence[tuple[int, sources.File]], has_template: bool) -> None:
-    for number, file in files:
-        if file.kind == "parquet":
-            have = sources.parquet_columns(file)
-            if missing := sorted(columns_used(wanted[number]) - set(have)):
-                raise DataError(
-                    f"{file.uri} lacks column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, have))}",
-                    [
-                        "name the right columns in the source's *_field settings",
-                        "choose another format for this source",
-                    ],
-                )
-    if not has_template:
-        chatty = [s for s in wanted if getattr(s, "chat", s.format not in ("text",))]  # type: ignore[attr-defined]
-        if chatty:
-            raise ModelError(
-                f"format {chatty[0].format!r} needs a chat template and the model's tokenizer has none",  # type: ignore[attr-defined]
-                ["add chat_template.jinja to the model folder", "use format: text, or template with chat: false"],
-            )
-
-
-def check(prepared: Prepared, recipe: Recipe, split: Split, rejects: str) -> None:
-    """Refuse data that is empty, or of which too little is left.
+def load(location: str, recipe: Recipe, split: Split, model_folder: str, reused: bool = False) -> Prepared | None:
+    """What was prepared at a location; None where nothing complete lies.
 
     Args:
-        rejects: where the reader finds the rejects.
+        recipe, split, model_folder: as of `prepare`; only used where no tokens are stored.
 
     Raises:
-        DataError: no row, no usable row, or more rejects than `data.max_bad_rows`.
+        DataError: no tokens are stored, and a file is gone that they would be made of.
     """
-    counts = prepared.counts
-    ways = [f"each reject with file, line and reason: {rejects}"]
-    if not counts.rows:
-        raise DataError(f"data.{split} is empty: its files hold no rows", ["check that the right files are named"])
-    if not counts.used:
-        raise DataError(
-            f"data.{split}: all {counts.rows} rows were rejected: {'; '.join(counts.common_reasons())}",
-            [*ways, "check the source's format and its *_field settings"],
-        )
-    if counts.bad_share > recipe.data.max_bad_rows:
-        raise DataError(
-            f"data.{split}: {counts.bad_share:.1%} of {counts.rows} rows are bad, more than data.max_bad_rows = "
-            f"{recipe.data.max_bad_rows:.1%}; commonest: {'; '.join(counts.common_reasons())}",
-            [*ways, "mend the rows", f"or accept them: data.max_bad_rows={min(1.0, counts.bad_share + 0.005):.2f}"],
-        )
+    stats = paths.join(location, identities.STATS)
+    if not paths.exists(stats):
+        return None
+    content = paths.read_json(stats)
+    if "identity" not in content:  # of an older version
+        return None
+    identity, units, origins = content["identity"], [], []
+    for number, (file, _, _, before, groups) in enumerate(content["chunks"]):
+        source, name = identity["files"][file][:2]
+        units += [Unit(number, group, rows, source, first) for group, (rows, first) in enumerate(groups)]
+        origins.append(Origin(name, before))
+    render = None
+    if not content["cached"]:
+        files = _files_of(identity, all_files(getattr(recipe.data, split)))
+        chunks = [Chunk(files[at][0], files[at][1], start, stop) for at, start, stop, *_ in content["chunks"]]
+        render = _Again(_Work.of(recipe, split, location, model_folder, identity), tuple(chunks))
+    counts = Counts.from_json(content["counts"])
+    return Prepared(location, content["seq_len"], counts, tuple(units), tuple(origins), reused, render)
+
+
+def _files_of(identity: dict[str, Any], found: Sequence[tuple[int, File]]) -> list[tuple[int, File]]:
+    """The files of an index, with the stamps that they had; whether they still have them is looked at when reading."""
+    there = {
+        (number, name, query): file
+        for (_, file), (number, name, _, query) in zip(found, identities.of_files(found), strict=True)
+    }
+    files = []
+    for number, name, stamp, query in identity["files"]:
+        file = there.get((number, name, query))
+        if file is None:
+            raise DataError(f"{name} is gone, and its tokens are not stored (data.cache: off)", WAYS_BACK)
+        files.append((number, replace(file, stamp=stamp)))
+    return files
+
+
+def _identity_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    return {
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "template": [tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- the work
@@ -263,6 +156,16 @@ def check(prepared: Prepared, recipe: Recipe, split: Split, rejects: str) -> Non
 def _tokenizer_of(model: str) -> PreTrainedTokenizerBase:
     """Resolved once per process, not per chunk: a hub id asks the hub, a URI lists the storage."""
     return load_tokenizer(paths.model_folder(model, weights=False))
+
+
+@dataclass
+class _Seen:
+    """What became of a chunk's rows; `lines` counts the lines passed."""
+
+    counts: Counts = field(default_factory=Counts)
+    rejects: list[dict[str, Any]] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    lines: int = 0
 
 
 @dataclass(frozen=True)
@@ -275,62 +178,67 @@ class _Work:
     seq_len: int
     packing: bool
     long_rows: str
+    segment_tokens: int
+    tokenizer: dict[str, Any]
+    """What `_identity_of` said of the tokenizer."""
 
-    def __call__(self, item: tuple[int, Chunk]) -> dict[str, Any]:
-        """Prepare one chunk: write its shard and its rejects, return what was counted."""
-        number, chunk = item
-        counts = Counts()
-        shard = f"{number:06d}.parquet"
-        last_line = 0
+    @classmethod
+    def of(cls, recipe: Recipe, split: Split, location: str, model_folder: str, identity: dict[str, Any]) -> _Work:
+        # Other nodes resolve the model themselves: a hub id or a URI is not where this node has put it.
+        model = model_folder if os.path.isdir(recipe.model.path) else recipe.model.path
+        tokenizer = {name: identity[name] for name in ("tokenizer", "template")}
+        wanted, segment_tokens = tuple(getattr(recipe.data, split)), identity["cut"]["segment_tokens"]
+        return cls(location, model, wanted, **identity["layout"], segment_tokens=segment_tokens, tokenizer=tokenizer)
+
+    def segments(self, chunk: Chunk, seen: _Seen, first: int = 1) -> Iterator[Segment]:
+        """The packed rows of a chunk, segment by segment; what became of its rows is added to `seen`.
+
+        Args:
+            first: line of the chunk to begin at: that of an earlier call's segment, which then comes first.
+        """
         tokenizer = _tokenizer_of(self.model_folder)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        rejects: list[dict[str, Any]] = []
-        with _ShardWriter(paths.join(self.location, "shards", shard), self.seq_len) as writer:
+        counts = seen.counts
+        pending: list[Tokens] = []
+        lines: list[int] = []
+        size = 0
 
-            def flush() -> None:
-                rows, members = pack(pending, self.seq_len, packing=self.packing, pad_id=pad_id)
-                counts.tokens += int(np.count_nonzero(rows.flags & REAL))
-                counts.trained_tokens += int(np.count_nonzero(rows.flags & TRAINED))
-                counts.packed += len(rows)
-                writer.write(rows, [[lines[i] for i in row] for row in members])
-                pending.clear()
-                lines.clear()
+        def packed() -> Segment:
+            rows, members = pack(pending, self.seq_len, packing=self.packing, pad_id=pad_id)
+            counts.tokens += int(np.count_nonzero(rows.flags & REAL))
+            counts.trained_tokens += int(np.count_nonzero(rows.flags & TRAINED))
+            counts.packed += len(rows)
+            segment = Segment(rows, [[lines[i] for i in row] for row in members], first)
+            pending.clear()
+            lines.clear()
+            return segment
 
-            pending: list[Tokens] = []
-            lines: list[int] = []
-            size = 0
-            for line, result in self._samples(chunk, Renderer(tokenizer)):
-                last_line = line
-                if result is None:
-                    continue
-                counts.rows += 1
-                if isinstance(result, Tokens):
-                    counts.lengths[1 << max(len(result) - 1, 0).bit_length()] += 1
-                    result, cut = self._fit(result)
-                    counts.truncated += cut
-                if isinstance(result, Reject):
-                    counts.rejected[result.reason] += 1
-                    rejects.append({"file": chunk.file.uri, "line": line, **asdict(result)})
-                    continue
-                counts.used += 1
-                pending.append(result)
-                lines.append(line)
-                size += len(result)
-                if size >= SEGMENT_TOKENS:
-                    flush()
-                    size = 0
-            if pending:
-                flush()
-        return {
-            "shard": shard,
-            "groups": writer.groups,
-            "counts": counts,
-            "lines": 0 if chunk.file.kind == "parquet" else last_line,
-            "rejects": rejects,
-        }
+        for line, result in self._samples(chunk, Renderer(tokenizer, enough=self.seq_len), first):
+            seen.lines = line
+            if result is None:
+                continue
+            counts.rows += 1
+            if isinstance(result, Tokens):
+                counts.lengths[1 << max(len(result) - 1, 0).bit_length()] += 1
+                result, cut = self._fit(result)
+                counts.truncated += cut
+            if isinstance(result, Reject):
+                counts.rejected[result.reason] += 1
+                seen.rejects.append({"file": chunk.file.name, "line": line, **asdict(result)})
+                continue
+            counts.used += 1
+            seen.hashes.append(duplicates.row_hash(result))
+            pending.append(result)
+            lines.append(line)
+            size += len(result)
+            if size >= self.segment_tokens:
+                yield packed()
+                size, first = 0, line + 1
+        if pending:
+            yield packed()
 
-    def _samples(self, chunk: Chunk, renderer: Renderer) -> Iterator[tuple[int, Tokens | Reject | None]]:
-        """(line, tokens or why there are none) for every row of the chunk, in order; None for a blank line."""
+    def _samples(self, chunk: Chunk, renderer: Renderer, first: int) -> Iterator[tuple[int, Tokens | Reject | None]]:
+        """(line, tokens or why there are none) for every row from line `first` on, in order; None for a blank line."""
         source = self.sources[chunk.source]
         waiting: list[tuple[int, Any]] = []
 
@@ -341,8 +249,11 @@ class _Work:
             waiting.clear()
 
         for row in sources.read_rows(chunk, columns_used(source)):
+            if row.line < first:
+                continue
             content = row.content
-            waiting.append((row.line, to_sample(source, content) if isinstance(content, dict) else content))
+            sample = to_sample(source, content, renderer.special) if isinstance(content, dict) else content
+            waiting.append((row.line, sample))
             if len(waiting) == ENCODE_BATCH:
                 yield from encoded()
         yield from encoded()
@@ -351,7 +262,8 @@ class _Work:
         """The sample if it fits, cut or rejected as the recipe says; and whether it was cut."""
         cut = len(tokens) > self.seq_len
         if cut and self.long_rows == "drop":
-            return Reject(TOO_LONG, f"{len(tokens)} tokens, data.seq_len is {self.seq_len}"), False
+            more = "" if tokens.whole else "more than "
+            return Reject(TOO_LONG, f"{more}{len(tokens)} tokens, data.seq_len is {self.seq_len}"), False
         if cut:
             tokens = Tokens(tokens.ids[: self.seq_len], tokens.trained[: self.seq_len])
         if not tokens.trained.any():
@@ -360,81 +272,109 @@ class _Work:
         return tokens, cut
 
 
-class _ShardWriter:
-    """A Parquet file of packed rows, one row group per write; appears under its name only when complete."""
+@dataclass(frozen=True)
+class _Prepare:
+    """Prepares one chunk: writes its shard, where tokens are kept, and returns what was counted."""
 
-    def __init__(self, location: str, seq_len: int) -> None:
-        self.groups: list[int] = []
-        self._location, self._seq_len = location, seq_len
-        self._partial = paths.add_suffix(location, f".{uuid.uuid4().hex[:8]}.partial")
-        self._schema = pa.schema(
-            [
-                ("input_ids", pa.list_(pa.int32(), seq_len)),
-                ("flags", pa.list_(pa.uint8(), seq_len)),
-                ("lines", pa.list_(pa.int64())),
-            ]
-        )
+    work: _Work
+    cached: bool
 
-    def __enter__(self) -> _ShardWriter:
-        fs, path = paths.filesystem(self._partial)
-        fs.create_dir(path.rpartition("/")[0], recursive=True)
-        self._stream = fs.open_output_stream(path, compression=None)
-        # Token ids compress three- to fourfold; level 1 costs less time than it saves in reading.
-        self._writer = pq.ParquetWriter(self._stream, self._schema, compression="zstd", compression_level=1)
-        return self
-
-    def write(self, rows: Rows, lines: list[list[int]]) -> None:
-        """One row group; `lines` are those of the samples in each row, within the chunk."""
-        arrays: list[pa.Array] = [
-            pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), self._seq_len)
-            for matrix in (rows.input_ids, rows.flags)
-        ]
-        arrays.append(pa.array(lines, type=self._schema.field("lines").type))
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema), row_group_size=len(rows))
-        self.groups.append(len(rows))
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._writer.close()
-        self._stream.close()
-        if kind is None:
-            paths.move(self._partial, self._location)
-        else:
-            fs, path = paths.filesystem(self._partial)
-            fs.delete_file(path)
+    def __call__(self, item: tuple[int, Chunk]) -> dict[str, Any]:
+        number, chunk = item
+        seen, groups = _Seen(), []
+        with ExitStack() as stack:
+            writer = None
+            if self.cached:
+                location = paths.join(self.work.location, "shards", shard_name(number))
+                writer = stack.enter_context(ShardWriter(location, self.work.seq_len))
+            for segment in self.work.segments(chunk, seen):
+                groups.append((len(segment.rows), segment.first))
+                if writer:
+                    writer.write(segment)
+        lines = 0 if chunk.file.kind == "parquet" else seen.lines
+        hashes = b"".join(seen.hashes)
+        return {"groups": groups, "counts": seen.counts, "lines": lines, "rejects": seen.rejects, "hashes": hashes}
 
 
-def _matrix(column: pa.ChunkedArray, seq_len: int) -> np.ndarray:
-    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, seq_len)
+@dataclass(frozen=True)
+class _Again:
+    """Renders chunks again whose tokens are not stored."""
+
+    work: _Work
+    chunks: tuple[Chunk, ...]
+
+    def read(self, number: int, units: Sequence[Unit]) -> Iterator[Segment]:
+        """The segments of some units of one chunk, which are in ascending order.
+
+        Samples before a unit are read, but neither rendered nor tokenized.
+
+        Raises:
+            DataError: the file changed since it was prepared.
+            ModelError: this node has another tokenizer.
+        """
+        chunk = self.chunks[number]
+        check_stamp(chunk.file)
+        if _tokenizer_identity(self.work.model_folder) != self.work.tokenizer:
+            raise ModelError(
+                f"the tokenizer or chat template in {self.work.model_folder!r} is not the one that the data was "
+                "prepared with",
+                ["give every node the same model folder", "train under another run.name if it was changed on purpose"],
+            )
+        at: int | None = None
+        segments: Iterator[Segment] = iter(())
+        for unit in units:
+            if unit.group != at:  # not the next one of those that are being made
+                segments = self.work.segments(chunk, _Seen(), unit.first)
+            segment = next(segments, None)
+            if segment is None or len(segment.rows) != unit.rows:
+                raise DataError(
+                    f"{chunk.file.name} gives other rows than when it was prepared, though its size and time are the "
+                    "same",
+                    WAYS_BACK,
+                )
+            yield segment
+            at = unit.group + 1
 
 
-def _run(work: _Work, chunks: list[Chunk], spread: Spread, on_progress: Callable[[int, int], None] | None) -> None:
-    total, units, origins = Counts(), [], {}
+@lru_cache(maxsize=4)
+def _tokenizer_identity(model: str) -> dict[str, Any]:
+    return _identity_of(_tokenizer_of(model))
+
+
+def _run(
+    work: _Work,
+    chunks: list[Chunk],
+    cached: bool,
+    identity: dict[str, Any],
+    spread: Spread,
+    on_progress: Callable[[int, int], None] | None,
+) -> None:
+    total, index = Counts(), []
+    hashes: list[bytes] = []  # 8 bytes a row
+    numbers = {(source, name, query): at for at, (source, name, _, query) in enumerate(identity["files"])}
     before = 0  # lines of the file that lie in its earlier chunks
     with paths.Appender(paths.join(work.location, "rejects.jsonl")) as rejects:
-        results = spread(work, list(enumerate(chunks))) if chunks else ()
+        results = spread(_Prepare(work, cached), list(enumerate(chunks))) if chunks else ()
         for done, (chunk, result) in enumerate(zip(chunks, results, strict=True), start=1):
             before = before if chunk.start else 0  # two sources may read one file
             total.add(result["counts"])
-            units += [asdict(Unit(result["shard"], group, rows)) for group, rows in enumerate(result["groups"])]
-            origins[result["shard"]] = (chunk.file.uri, before)
+            hashes.append(result["hashes"])
+            ((source, name, _, query),) = identities.of_files([(chunk.source, chunk.file)])
+            index.append([numbers[source, name, query], chunk.start, chunk.stop, before, result["groups"]])
             for reject in result["rejects"]:
                 reject["line"] += before
                 rejects.write(json.dumps(reject, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
             before += result["lines"]
             if on_progress:
                 on_progress(done, len(chunks))
-    paths.write_json(
-        paths.join(work.location, "stats.json"),
-        {"format": FORMAT, "seq_len": work.seq_len, "counts": total.to_json(), "units": units, "origins": origins},
-    )
-
-
-def load(location: str, reused: bool = False) -> Prepared | None:
-    """What was prepared at a location; None where nothing complete lies."""
-    stats = paths.join(location, "stats.json")
-    if not paths.exists(stats):
-        return None
-    content = paths.read_json(stats)
-    units = tuple(Unit(**unit) for unit in content["units"])
-    origins = {shard: (file, before) for shard, (file, before) in content["origins"].items()}
-    return Prepared(location, content["seq_len"], Counts.from_json(content["counts"]), units, origins, reused)
+    check_unchanged(work.location, work.sources, identity)
+    total.duplicates = duplicates.count(hashes)
+    content = {
+        "seq_len": work.seq_len,
+        "cached": cached,
+        "counts": total.to_json(),
+        "identity": identity,
+        # [number of the file, start, stop, lines before, [[rows, first line] of each unit]], a hundred bytes a chunk
+        "chunks": index,
+    }
+    paths.write_text(paths.join(work.location, identities.STATS), json.dumps(content, ensure_ascii=False) + "\n")

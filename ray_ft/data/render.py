@@ -10,42 +10,57 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ray_ft.data.lines import Reject
 from ray_ft.data.rows import Conversation, Joined, Sample
-from ray_ft.data.sources import Reject
 from ray_ft.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+ENCODE_CHARACTERS = 4 << 20  # of text tokenized at once: its tokens take 200 to 350 bytes of memory per character
 VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "tekken.json", "vocab.*")  # one of them is in any tokenizer
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One sample. `ids` int32 [n]; `trained` bool [n], True where the token is a target of the loss."""
+    """One sample. `ids` int32 [n]; `trained` bool [n], True where the token is a target of the loss.
+
+    `whole` is False where these are the first tokens alone of a text that is far too long.
+    """
 
     ids: np.ndarray
     trained: np.ndarray
+    whole: bool = True
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 class Renderer:
-    """Turns samples into tokens with one model's tokenizer and chat template."""
+    """Turns samples into tokens with one model's tokenizer and chat template.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    Args:
+        enough: a text that certainly gives more tokens than this is tokenized only so far that it still does: a row of
+            20 MB would otherwise take a minute and 6 GB (seen), to be left out or cut afterwards.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, enough: int | None = None) -> None:
         self.tokenizer = tokenizer
+        # Twice what is needed at the least, so that a word cut in two lies far behind the last token that is wanted.
+        self.tokens = None if enough is None else 2 * (enough + 1)
+        self.characters = None if self.tokens is None else self.tokens * _longest_token(tokenizer)
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id
+        self.special = special_tokens(tokenizer)
 
     def prompt_text(self, sample: Sample) -> str:
         """What the model is given when it is to answer the sample: exactly the text before the trained answer."""
@@ -79,12 +94,32 @@ class Renderer:
             texts.append(text)
             spans.append(answers)
             results.append(None)
-        encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
-        span = iter(spans)
-        return [
-            self._tokens(next(encodings), next(span), s) if r is None else r
-            for r, s in zip(results, samples, strict=True)
-        ]
+        rendered = [sample for sample, result in zip(samples, results, strict=True) if result is None]
+        tokens = iter([tokens for part in self._parts(texts) for tokens in self._encode(part, texts, spans, rendered)])
+        return [next(tokens) if result is None else result for result in results]
+
+    def _parts(self, texts: list[str]) -> Iterator[slice]:
+        """The texts in runs of about ENCODE_CHARACTERS."""
+        start = size = 0
+        for at, text in enumerate(texts):
+            size += min(len(text), self.characters or len(text))
+            if size >= ENCODE_CHARACTERS or at == len(texts) - 1:
+                yield slice(start, at + 1)
+                start, size = at + 1, 0
+
+    def _encode(
+        self, part: slice, texts: list[str], spans: list[list[tuple[int, int]]], samples: list[Sample]
+    ) -> Iterator[Tokens]:
+        tokenizer = self.tokenizer.backend_tokenizer
+        begun = [text[: self.characters] for text in texts[part]]
+        encodings = tokenizer.encode_batch(begun, add_special_tokens=False)
+        for encoding, text, answers, sample in zip(encodings, texts[part], spans[part], samples[part], strict=True):
+            end = self.characters or len(text)
+            while end < len(text) and len(encoding) < (self.tokens or 0):  # some tokenizers leave out white space
+                end *= 2
+                encoding = tokenizer.encode(text[:end], add_special_tokens=False)
+            tokens = self._tokens(encoding, answers, sample)
+            yield tokens if end >= len(text) else Tokens(tokens.ids, tokens.trained, whole=False)
 
     def _with_spans(self, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
         if isinstance(sample, Joined):
@@ -131,6 +166,27 @@ class Renderer:
 
 class _TemplateRefusal(Exception):
     pass
+
+
+@lru_cache(maxsize=4)
+def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Characters that one token stands for, at most."""
+    return max(map(len, tokenizer.get_vocab()))
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """Finds the text of any special token, which the tokenizer takes for the token wherever it stands.
+
+    Added tokens that are not special (``<think>`` in some models) are ordinary text under one number.
+    """
+    added = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+    words = {token.content for token in added if token.single_word}
+    tokens = {token.content for token in added} | set(tokenizer.all_special_tokens)
+    patterns = [
+        rf"(?<!\w){re.escape(token)}(?!\w)" if token in words else re.escape(token)
+        for token in sorted(filter(None, tokens), key=lambda token: (-len(token), token))  # the longest that fits
+    ]
+    return re.compile("|".join(patterns)) if patterns else None
 
 
 @lru_cache(maxsize=4)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import reprlib
+import string
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ray_ft.data.sources import Reject
+from ray_ft.data.lines import Reject
 from ray_ft.recipe import (
     MessagesSource,
     PromptCompletionSource,
@@ -19,6 +23,11 @@ from ray_ft.recipe import (
 )
 
 ROLES = ("system", "user", "assistant")
+LOST = ("function_call", "reasoning_content", "thinking")  # keys of a message with content that no turn here carries
+
+_repr = reprlib.Repr()  # of values of any size and depth, which plain repr would hold whole, or not survive
+_repr.maxstring = _repr.maxother = _repr.maxlong = 80
+_repr.maxlevel = 3
 
 
 @dataclass(frozen=True)
@@ -54,13 +63,46 @@ class _Unusable(Exception):
         self.reject = Reject(reason, detail)
 
 
-def to_sample(source: Source, row: dict[str, Any]) -> Sample | Reject:
-    """What the source's format makes of one row."""
+def to_sample(source: Source, row: dict[str, Any], special: re.Pattern[str] | None = None) -> Sample | Reject:
+    """What the source's format makes of one row.
+
+    Args:
+        special: finds the tokenizer's special tokens (`Renderer.special`). A row that holds the text of one is
+            rejected: the tokenizer would make the token itself of it, so that a quoted ``<end_of_turn>`` ends the
+            turn. Those that the recipe's own templates hold are meant.
+    """
     try:
         sample = _READERS[type(source)](source, row)
+        if special:
+            _check_special(source, sample, special)
     except _Unusable as unusable:
         return unusable.reject
     return sample
+
+
+def _check_special(source: Source, sample: Sample, special: re.Pattern[str]) -> None:
+    # Of the texts as they are joined: the token may come about where two of them meet.
+    if isinstance(sample, Conversation):
+        texts = [turn["content"] for turn in sample.turns]
+    else:
+        texts = [sample.prompt + sample.answer]
+    if not any(map(special.search, texts)):
+        return
+    meant = Counter(token for text in _literals(source) for token in special.findall(text))
+    for text in texts:
+        for match in special.finditer(text):
+            if meant[match[0]]:
+                meant[match[0]] -= 1
+                continue
+            around = text[max(match.start() - 20, 0) : match.end() + 20]
+            raise _Unusable(f"holds the special token {match[0]!r}", f"the model would obey it: {around!r}")
+
+
+def _literals(source: Source) -> Iterator[str]:
+    """What the recipe itself writes into the samples of a source."""
+    if isinstance(source, TranslationSource | TemplateSource):
+        templates = [source.prompt, *([source.completion] if isinstance(source, TemplateSource) else [])]
+        yield from (text for template in templates for text, *_ in string.Formatter().parse(template))
 
 
 def columns_used(source: Source) -> set[str]:
@@ -95,11 +137,13 @@ def language_name(code: str) -> str:
 
 def _text(row: dict[str, Any], field: str, *, empty_ok: bool = False) -> str:
     if field not in row:
-        raise _Unusable(f"missing field {field!r}", f"the row has {', '.join(map(repr, list(row)[:8])) or 'no fields'}")
+        raise _Unusable(
+            f"missing field {field!r}", f"the row has {', '.join(map(_repr.repr, list(row)[:8])) or 'no fields'}"
+        )
     value = row[field]
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
-        raise _Unusable(f"field {field!r} is {kind}, not a string", repr(value)[:80])
+        raise _Unusable(f"field {field!r} is {kind}, not a string", _repr.repr(value))
     if not empty_ok and not value.strip():
         raise _Unusable(f"field {field!r} is empty")
     try:
@@ -120,14 +164,20 @@ def _asked(prompt: str, answer: str, chat: bool) -> Sample:
 def _messages(source: MessagesSource, row: dict[str, Any]) -> Sample:
     messages = row.get(source.field)
     if not isinstance(messages, list) or not messages:
-        raise _Unusable(f"field {source.field!r} is not a list of messages", repr(messages)[:80])
+        raise _Unusable(f"field {source.field!r} is not a list of messages", _repr.repr(messages))
     turns = []
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             role = message.get("role") if isinstance(message, dict) else message
-            raise _Unusable("unknown role in a message", f"{role!r} in message {number}; known: {', '.join(ROLES)}")
+            raise _Unusable(
+                "unknown role in a message", f"{_repr.repr(role)} in message {number}; known: {', '.join(ROLES)}"
+            )
         if message.get("tool_calls"):
             raise _Unusable("message calls tools", f"message {number}; the calls would be lost")
+        if lost := [key for key in LOST if message.get(key)]:
+            raise _Unusable(f"message with {lost[0]!r}", f"message {number}; it would be lost")
+        if message["role"] == "assistant" and message.get("weight") not in (None, 1):
+            raise _Unusable("message with a weight", f"message {number}; every assistant turn is trained alike")
         turns.append({"role": message["role"], "content": _content(message)})
     if turns[0]["role"] == "assistant":
         raise _Unusable("the first message is the assistant's", "nothing stands before it that it could answer")
@@ -141,7 +191,7 @@ def _content(message: dict[str, Any]) -> str:
     if isinstance(content, list):
         parts = [part if isinstance(part, dict) else {"type": type(part).__name__} for part in content]
         if other := [part for part in parts if part.get("type") != "text"]:
-            raise _Unusable("message part is not text", f"type {other[0].get('type')!r}")
+            raise _Unusable("message part is not text", f"type {_repr.repr(other[0].get('type'))}")
         content = "".join(_text(part, "text", empty_ok=True) for part in parts)
         message = {**message, "content": content}
     return _text(message, "content", empty_ok=message.get("role") == "system")

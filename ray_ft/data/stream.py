@@ -1,9 +1,9 @@
 """The recipe's data on Ray Data: work spread over the cluster, and rows streamed to workers in order.
 
 With `preserve_order`, a strict repartition into blocks of one worker's share of one step, and an equal split, Ray Data
-deals block after block to worker after worker: step s of worker r is block s × workers + r. Every batch carries the
-positions of its rows, and `batches` refuses one that is not the next: an order that broke is an error, never a
-silently different run.
+deals block after block to worker after worker: step s of worker r is block s × workers + r. The repartition is left to
+whoever knows the number of workers. Every batch carries the positions of its rows, and `batches` refuses one that is
+not the next: an order that broke is an error, never a silently different run.
 """
 
 from __future__ import annotations
@@ -27,10 +27,14 @@ PREFETCH_STEPS = 4  # blocks that wait in each worker; a block is one worker's r
 
 @dataclass(frozen=True)
 class Batch:
-    """One worker's rows of one step; `first` is the position of the first of them in the order."""
+    """One worker's rows of one step; `first` is the position of the first of them in the order.
+
+    `samples` names those in each row as file:line, where the order keeps a ledger.
+    """
 
     first: int
     rows: Rows
+    samples: tuple[tuple[str, ...], ...] | None = None
 
 
 def in_process(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterable[Any]:
@@ -62,33 +66,43 @@ def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any
         yield result
 
 
-def training_dataset(order: Order, start: int, stop: int, rows_per_block: int) -> ray.data.Dataset:
-    """Positions [start, stop) of the order as a Ray Dataset of blocks of exactly `rows_per_block` rows.
+def training_dataset(order: Order, start: int, stop: int) -> ray.data.Dataset:
+    """Positions [start, stop) of the order as a Ray Dataset, in blocks of whatever size they were read in.
 
-    Columns: ``position`` int64, ``input_ids`` int32 [seq_len], ``flags`` uint8 [seq_len].
+    Columns: ``position`` int64, ``input_ids`` int32 [seq_len], ``flags`` uint8 [seq_len] and, where the order keeps a
+    ledger, ``samples``: a list of file:line.
     """
     import pickle
 
     import ray.data
 
-    prepared = order.prepared
+    prepared, ledger = order.prepared, order.ledger
 
     def read(batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         for item in batch["slice"]:
             part: Slice = pickle.loads(item)  # noqa: S301 - written below
-            rows = part.read(prepared)
-            yield {
+            rows, samples = part.read_named(prepared) if ledger else (part.read(prepared), [])
+            columns = {
                 "position": np.arange(part.position, part.position + len(rows), dtype=np.int64),
                 "input_ids": rows.input_ids,
                 "flags": rows.flags,
             }
+            if ledger:
+                columns["samples"] = _lists(samples)
+            yield columns
 
     items = [{"slice": pickle.dumps(part)} for part in order.slices(start, stop)]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
     dataset.context.execution_options.preserve_order = True
-    return dataset.map_batches(read, batch_size=1, zero_copy_batch=True).repartition(
-        target_num_rows_per_block=rows_per_block, strict=True
-    )
+    return dataset.map_batches(read, batch_size=1, zero_copy_batch=True)
+
+
+def _lists(rows: Sequence[Sequence[str]]) -> np.ndarray:
+    """One list per row, where numpy would make a matrix of rows that happen to be of one length."""
+    found = np.empty(len(rows), object)
+    for at, row in enumerate(rows):
+        found[at] = list(row)
+    return found
 
 
 def batches(
@@ -111,7 +125,8 @@ def batches(
                     "report this with the recipe; it should not happen",
                 ],
             )
-        yield Batch(expected, Rows(columns["input_ids"], columns["flags"]))
+        samples = tuple(tuple(row) for row in columns["samples"]) if order.ledger else None
+        yield Batch(expected, Rows(columns["input_ids"], columns["flags"]), samples)
         expected += rows * world
 
 
@@ -136,14 +151,15 @@ def local_batches(order: Order, start: int, stop: int, rank: int, world: int, ro
 
     Every worker reads all slices and keeps its rows, which is right for small data only.
     """
-    held: list[Rows] = []
-    held_rows, first, block = 0, start, 0
+    held, names = Rows.blank(0, order.prepared.seq_len), list[tuple[str, ...]]()
+    first, block = start, 0
     for part in order.slices(start, stop):
-        held.append(part.read(order.prepared))
-        held_rows += part.take
-        while held_rows >= rows:
-            joined = Rows.concatenate(held) if len(held) > 1 else held[0]
+        read, named = part.read_named(order.prepared) if order.ledger else (part.read(order.prepared), [])
+        held, names = Rows.concatenate([held, read]) if len(held) else read, names + named
+        whole = len(held) // rows * rows
+        for at in range(0, whole, rows):
             if block % world == rank:
-                yield Batch(first, joined.take(slice(0, rows)))
-            held = [joined.take(slice(rows, None))]
-            held_rows, first, block = held_rows - rows, first + rows, block + 1
+                samples = tuple(names[at : at + rows]) if order.ledger else None
+                yield Batch(first, held.take(slice(at, at + rows)), samples)
+            first, block = first + rows, block + 1
+        held, names = held.take(slice(whole, None)), names[whole:]

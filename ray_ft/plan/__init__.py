@@ -82,6 +82,8 @@ def _tokens(recipe: Recipe, given: float | None) -> tuple[float, str] | None:
         return float(recipe.train.max_steps * recipe.train.global_batch * recipe.data.seq_len), "train.max_steps"
     if paths.exists(recipe.run.dir.stats):
         found = paths.read_json(recipe.run.dir.stats)["train"]
-        if found["seq_len"] == recipe.data.seq_len:
-            return float(found["packed"] * found["seq_len"] * recipe.train.epochs), "the run's prepared data"
+        packed = found.get("packed_by_source")  # a run of an older version has none
+        if found["seq_len"] == recipe.data.seq_len and packed is not None:
+            rows = sum(source.weight * packed.get(str(at), 0) for at, source in enumerate(recipe.data.train))
+            return rows * found["seq_len"] * recipe.train.epochs, "the run's prepared data"
     return None

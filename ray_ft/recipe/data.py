@@ -13,6 +13,8 @@ from ray_ft.recipe.section import Section
 class Source(Section):
     path: str | list[str]
     """Files, folders, globs or URIs; JSONL (.jsonl .json .ndjson, also .gz .zst) or .parquet."""
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Passes over this source in one epoch: 2 uses each row twice, 0.5 half of the rows, the next epoch the others."""
 
     @field_validator("path")
     @classmethod
@@ -147,3 +149,19 @@ class Data(Section):
     """Shuffle rows anew in each epoch; false: rows in the order in which they were prepared."""
     shuffle_window: Annotated[int, Field(ge=1)] = 8_000_000
     """Tokens that are shuffled among each other (and held in memory, 5 bytes each, by one reading task)."""
+    cache: Literal["auto", "off"] = "auto"
+    """Keep the tokens of training rows in run.storage; off: keep an index, and tokenize each time rows are read."""
+    ledger: bool = False
+    """Record which samples each step used, as file:line, in the run directory."""
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _unquoted(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML takes a bare off for false
+
+    @field_validator("eval")
+    @classmethod
+    def _used_once(cls, sources: list[AnySource]) -> list[AnySource]:
+        if weighted := [at for at, source in enumerate(sources) if source.weight != 1]:
+            raise ValueError(f"source {weighted[0]} has a weight, but a held-out row is used once; remove its weight")
+        return sources

@@ -68,6 +68,19 @@ def test_rejects_are_shown_by_their_reason_and_place(
     assert splits["train"].rejects in output
 
 
+def test_a_mixture_says_how_often_each_source_is_used(
+    make_recipe: Callable[..., Recipe], shown: Callable[..., Any], tmp_path: Path
+) -> None:
+    for name, count in (("large", 60), ("small", 3)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(count)))
+    large, small = ({"format": "text", "path": str(tmp_path / f"{name}.jsonl")} for name in ("large", "small"))
+    mixture = [large, {**small, "weight": 20.0}]
+    output, _ = shown(make_recipe("data.eval=[]", "data.packing=false", "train.epochs=2", sources=mixture))
+    assert "passes over the whole run: data.train.0: 2, data.train.1: 40" in output
+    assert "data.train.1: each of its 3 packed rows is trained on about 40 times" in output
+    assert "passes over" not in shown(make_recipe())[0]
+
+
 def test_examples_mark_exactly_the_trained_tokens(
     make_recipe: Callable[..., Recipe], shown: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -323,7 +323,7 @@ def test_tokens_of_prepared_data(tmp_path: Path) -> None:
     recipe = recipe_of(f"run.storage={tmp_path}", "train.epochs=3")
     assert planning._tokens(recipe, None) is None
     Path(recipe.run.dir.stats).parent.mkdir(parents=True)
-    Path(recipe.run.dir.stats).write_text(json.dumps({"train": {"packed": 100, "seq_len": 1024}}))
+    Path(recipe.run.dir.stats).write_text(json.dumps({"train": {"packed_by_source": {"0": 100}, "seq_len": 1024}}))
     assert planning._tokens(recipe, None) == (3 * 100 * 1024, "the run's prepared data")
     shorter = recipe_of(f"run.storage={tmp_path}", "data.seq_len=512")
     assert planning._tokens(shorter, None) is None

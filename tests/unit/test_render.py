@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from ray_ft.data.render import Renderer, Tokens, load_tokenizer
+from ray_ft.data import render as module
+from ray_ft.data.render import Renderer, Tokens, load_tokenizer, special_tokens
 from ray_ft.data.rows import Conversation, Joined, Sample
 from ray_ft.data.sources import Reject
 from ray_ft.demo import DemoPaths
@@ -203,6 +204,91 @@ def test_a_template_that_rewrites_earlier_answers_rejects_only_conversations_of_
 def test_a_template_whose_generation_prompt_is_not_what_it_renders_is_rejected(with_template: Any) -> None:
     (result,) = with_template(CHATML.replace("assistant: {% endif", "model: {% endif")).encode([SHORT])
     assert isinstance(result, Reject) and "no loss mask" in result.detail
+
+
+# -------------------------------------------------------------------------------------------------- special tokens
+
+
+def test_special_tokens_are_found_in_text_as_the_tokenizer_finds_them(renderer: Renderer) -> None:
+    assert renderer.special is not None
+    for token in ("<bos>", "<eos>", "<unk>", "<pad>", "<start_of_turn>", "<end_of_turn>"):
+        found = renderer.special.search(f"a{token}b")
+        assert found and found[0] == token
+        ids = renderer.tokenizer(f"a{token}b", add_special_tokens=False).input_ids
+        assert renderer.tokenizer.convert_tokens_to_ids(token) in ids
+    assert not renderer.special.search("<bos <eos> ".replace("<eos>", "< eos>"))
+
+
+def test_added_tokens_are_special_only_where_they_say_so(demo: DemoPaths) -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = AutoTokenizer.from_pretrained(demo.base)
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.add_tokens(
+        [AddedToken("<a>", special=True), AddedToken("<a><b>", special=True), AddedToken("word", single_word=True)],
+        special_tokens=True,
+    )
+    pattern = special_tokens(tokenizer)
+    assert pattern is not None
+    assert pattern.findall("<think><a><b><a> word swords") == ["<a><b>", "<a>", "word"]  # the longest that fits
+
+
+# --------------------------------------------------------------------------------------------------- far too long
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        Joined("", "one two three four " * 5000),
+        Joined("", "x" * 100_000),
+        Joined("", " " * 90_000 + "one two " * 5000),
+        Joined("twenty " * 20_000, "one"),
+        talk("Translate: " + "one two " * 9000, "un"),
+        talk("Translate: one", "un deux " * 9000, "and?", "trois"),
+    ],
+)
+def test_a_text_far_too_long_is_tokenized_only_as_far_as_is_needed(renderer: Renderer, sample: Sample) -> None:
+    enough = 64
+    whole = encode(renderer, sample)
+    begun = encode(Renderer(renderer.tokenizer, enough), sample)
+    assert whole.whole and not begun.whole and enough < len(begun) < len(whole) / 2 and len(begun) > 2 * enough
+    np.testing.assert_array_equal(begun.ids[:enough], whole.ids[:enough])
+    np.testing.assert_array_equal(begun.trained[:enough], whole.trained[:enough])
+
+
+def test_a_tokenizer_that_leaves_out_white_space_is_given_more(demo: DemoPaths) -> None:
+    from tokenizers import pre_tokenizers
+
+    tokenizer = AutoTokenizer.from_pretrained(demo.base)
+    own = tokenizer.backend_tokenizer.pre_tokenizer
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), own])
+    begins = " " * 60_000 + "one two " * 30
+    assert len(encode(Renderer(tokenizer, enough=8), Joined("", begins + " " * 500_000))) < 90  # and not two, for cut
+    for text, whole in ((begins, True), (" " * 60_000 + "one two " * 9000, False)):
+        begun = encode(Renderer(tokenizer, enough=8), Joined("", text))
+        np.testing.assert_array_equal(begun.ids[:8], encode(Renderer(tokenizer), Joined("", text)).ids[:8])
+        assert len(begun) > 8 and begun.whole is whole
+
+
+def test_a_text_that_may_fit_is_tokenized_whole(renderer: Renderer) -> None:
+    text = "".join(sorted(renderer.tokenizer.get_vocab(), key=len)[-1:])  # the longest token: the fewest per character
+    sample = Joined("", "one two three four" * 20 + text)
+    short = Renderer(renderer.tokenizer, enough=len(encode(renderer, sample)) - 1)
+    assert encode(short, sample).whole
+    np.testing.assert_array_equal(encode(short, sample).ids, encode(renderer, sample).ids)
+
+
+def test_many_characters_are_tokenized_part_by_part_and_nothing_changes(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples: list[Sample] = [Joined("", "plain"), LONG, talk("assistant first?", "x"), Joined("a", "b"), SHORT] * 4
+    at_once = renderer.encode(samples)
+    for characters in (1, 7, 100):
+        monkeypatch.setattr(module, "ENCODE_CHARACTERS", characters)
+        for one, other in zip(renderer.encode(samples), at_once, strict=True):
+            assert isinstance(one, Tokens) and isinstance(other, Tokens)
+            np.testing.assert_array_equal(one.ids, other.ids)
+            np.testing.assert_array_equal(one.trained, other.trained)
 
 
 # --------------------------------------------------------------------------------------------------------- loading

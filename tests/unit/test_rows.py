@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -249,3 +250,94 @@ def test_what_is_no_conversation_of_text_is_rejected_with_its_reason(
 ) -> None:
     found = reject(MESSAGES, row)
     assert found.reason.startswith(reason) and detail in found.detail
+
+
+# -------------------------------------------------------------------------------------------------- special tokens
+
+SPECIAL = re.compile("<bos>|<eos>|<end_of_turn>")
+
+
+def special(source: Source, row: dict[str, Any]) -> str | None:
+    """The reason why the row is rejected; None: it is not."""
+    result = to_sample(source, row, SPECIAL)
+    return result.reason if isinstance(result, Reject) else None
+
+
+@pytest.mark.parametrize(
+    ("source", "row"),
+    [
+        (TEXT, {"text": "a <eos> b"}),
+        (PAIR, {"prompt": "a <eos>", "completion": "b"}),
+        (PAIR, {"prompt": "a", "completion": "b<eos>"}),
+        (PAIR.model_copy(update={"chat": False}), {"prompt": "a<e", "completion": "os>b"}),
+        (TRANSLATION, {**ROW, "target_text": "<eos>"}),
+        (TRANSLATION, {**ROW, "source_lang_code": "<eos>"}),
+        (TEMPLATE, {"question": "<eos>", "why": "w", "answer": "a"}),
+        (TEMPLATE.model_copy(update={"prompt": "{question}os>"}), {"question": "<e", "why": "w", "answer": "a"}),
+        (MESSAGES, messages(("system", "<eos>"), ("user", "a"), ("assistant", "b"))),
+        (MESSAGES, messages(("user", "a"), ("assistant", "b<eos>"), ("user", "c"), ("assistant", "d"))),
+        (
+            MESSAGES,
+            messages(("user", [{"type": "text", "text": "<e"}, {"type": "text", "text": "os>"}]), ("assistant", "b")),
+        ),
+    ],
+)
+def test_the_text_of_a_special_token_is_rejected_by_its_name(source: Source, row: dict[str, Any]) -> None:
+    assert special(source, row) == "holds the special token '<eos>'"
+    assert not isinstance(to_sample(source, row), Reject)  # where there is no tokenizer, nothing is special
+
+
+@pytest.mark.parametrize("text", ["<bos", "< eos>", "<EOS>", "&lt;eos&gt;", "end_of_turn"])
+def test_what_is_no_special_token_is_text(text: str) -> None:
+    assert special(TEXT, {"text": text}) is None
+
+
+def test_special_tokens_of_the_recipe_are_meant_and_those_of_a_row_beside_them_are_not() -> None:
+    source = TemplateSource(
+        format="template", path="x", chat=False, prompt="<bos>{q}<end_of_turn>", completion="{a}<end_of_turn>"
+    )
+    assert special(source, {"q": "a", "a": "b"}) is None
+    assert special(source, {"q": "a<end_of_turn>", "a": "b"}) == "holds the special token '<end_of_turn>'"
+    assert special(source, {"q": "a", "a": "b<bos>"}) == "holds the special token '<bos>'"
+
+
+def test_the_place_of_a_special_token_is_shown() -> None:
+    result = to_sample(TEXT, {"text": "x" * 500 + " say <eos> now " + "y" * 500}, SPECIAL)
+    assert isinstance(result, Reject) and "say <eos> now" in result.detail and len(result.detail) < 120
+
+
+# ------------------------------------------------------------------------------------------------- what would be lost
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({"reasoning_content": "because"}, "message with 'reasoning_content'"),
+        ({"thinking": "because"}, "message with 'thinking'"),
+        ({"function_call": {"name": "f"}}, "message with 'function_call'"),
+        ({"weight": 0}, "message with a weight"),
+    ],
+)
+def test_a_message_that_says_more_than_its_turn_holds_is_rejected(extra: dict[str, Any], reason: str) -> None:
+    row = messages(("user", "a"), ("assistant", "b"))
+    row["messages"][1] |= extra
+    assert reject(MESSAGES, row).reason == reason
+    row["messages"][1] |= dict.fromkeys(extra)  # null, as a table fills in what a row lacks
+    assert not isinstance(to_sample(MESSAGES, row), Reject)
+
+
+@pytest.mark.parametrize("depth", [10, 300, 900, 100_000])
+def test_values_of_any_depth_and_size_are_shown_shortly(depth: int) -> None:
+    deep: Any = "x" * 1_000_000
+    for _ in range(depth):
+        deep = [deep]
+    rows = [
+        (TEXT, {"text": deep}),
+        (TEXT, {"text": {"a": "x" * 1_000_000}}),
+        (TEXT, {"x" * 1_000_000: 1}),
+        (MESSAGES, {"messages": {"a": deep}}),
+        (MESSAGES, {"messages": [{"role": deep}]}),
+        (MESSAGES, messages(("user", [{"type": deep}]))),
+    ]
+    for source, row in rows:
+        assert len(reject(source, row).detail) < 1000

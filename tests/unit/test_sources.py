@@ -12,10 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ray_ft.data import lines as lines_module
 from ray_ft.data import sources
+from ray_ft.data.lines import parse_line
 from ray_ft.data.sources import Chunk, File, Reject, Row
 from ray_ft.errors import DataError, StorageError
 from ray_ft.recipe import TextSource
@@ -77,6 +79,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sources") / "data.jsonl"
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     lines=st.lists(LINE, max_size=12),
     end=st.sampled_from([b"\n", b"\r\n"]),
@@ -88,7 +91,7 @@ def test_chunks_at_any_byte_give_every_line_exactly_once(
     scratch: Path, lines: list[bytes], end: bytes, last_end: bool, bom: bool, chunk_bytes: int
 ) -> None:
     body = end.join(lines) + (end if last_end and lines else b"")
-    expected = [sources.parse_line(line) if line.strip() else None for line in lines]
+    expected = [parse_line(line) if line.strip() else None for line in lines]
     if lines and not last_end and not lines[-1]:
         expected.pop()  # what follows the last line end is no line when it is empty
     if bom:
@@ -140,7 +143,7 @@ def test_blank_lines_are_no_rows_but_count_as_lines(write: Callable[..., Path], 
 def test_a_line_too_long_is_rejected_and_the_next_one_read(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(lines_module, "MAX_LINE_BYTES", 100)
     long = b'{"a": "' + b"x" * 1000 + b'"}'
     file = write(b'{"a": 1}\n' + long + b'\n{"b": 2}\n' + long)
     for chunk_bytes in (10, 64, 5000):
@@ -155,11 +158,37 @@ def test_an_empty_file_has_no_chunks(write: Callable[..., Path]) -> None:
     assert sources.chunks_of(file, 0) == []
 
 
+def test_chunks_within_one_long_line_do_not_each_read_to_its_end(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed = 0
+    readinto = lines_module._Raw.readinto
+
+    def counted(self: Any, buffer: Any) -> int:
+        nonlocal passed
+        passed += (length := readinto(self, buffer))
+        return length
+
+    file = write(b'{"a": 1}\n{"b": "' + b"x" * (20 << 20) + b'"}\n{"c": 3}\n')
+    monkeypatch.setattr(lines_module._Raw, "readinto", counted)
+    rows = contents(file, 1 << 20)
+    assert [list(row) for row in rows] == [["a"], ["b"], ["c"]]
+    assert passed < 4 * file.stat().st_size  # 10 times the file, if each of the 21 chunks did
+
+
+def test_a_file_that_grew_or_shrank_since_it_was_listed_is_an_error(write: Callable[..., Path]) -> None:
+    (file,) = found(path := write(LINES))
+    for content in (LINES + LINES[:50], LINES[:-50]):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"data\.jsonl has \d+ bytes and had \d+ when it was listed"):
+            [row for chunk in sources.chunks_of(file, 0) for row in sources.read_rows(chunk)]
+
+
 # ------------------------------------------------------------------------------------------------------------ JSON
 
 
 def rejected(line: bytes) -> Reject:
-    result = sources.parse_line(line)
+    result = parse_line(line)
     assert isinstance(result, Reject)
     return result
 
@@ -169,7 +198,7 @@ def test_values_come_as_they_are_written() -> None:
         b'{"id": 123456789012345678901234, "date": "2024-01-02T03:04:05Z", "share": 0.1, "text": " 007 ", '
         b'"none": null, "deep": {"list": [1, "1", true]}}'
     )
-    row = sources.parse_line(line)
+    row = parse_line(line)
     assert row == {
         "id": 123456789012345678901234,
         "date": "2024-01-02T03:04:05Z",
@@ -198,6 +227,11 @@ def test_a_key_that_stands_twice_is_rejected_by_name(line: bytes) -> None:
 @pytest.mark.parametrize("line", [b'{"a": 1', b'{"a": NaN}', b'{"a": -Infinity}', b"{'a': 1}", b'{"a": 1}{"b": 2}'])
 def test_what_is_not_json_is_rejected(line: bytes) -> None:
     assert rejected(line).reason == "invalid JSON"
+
+
+def test_a_key_that_stands_twice_is_found_among_many() -> None:
+    keys = ", ".join(f'"k{n}": 1' for n in range(100_000))  # each against each would take minutes
+    assert rejected(f'{{{keys}, "k99999": 2}}'.encode()) == Reject("duplicate key", "'k99999' stands twice")
 
 
 def test_json_nested_or_long_beyond_reason_is_rejected_not_a_crash() -> None:
@@ -263,7 +297,7 @@ def test_a_compressed_file_cut_short_is_an_error_with_its_line_and_nothing_befor
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_a_file_that_is_not_what_its_suffix_says_is_an_error(write: Callable[..., Path], suffix: str) -> None:
     good, said = until_it_breaks(write(LINES, f"data.jsonl{suffix}"))
-    assert not good and f"not a readable {KIND[suffix]} file: it breaks after line 0:" in said
+    assert not good and f"is plain text, where its name says a {KIND[suffix]} file" in said
 
 
 def test_damage_in_the_middle_of_gzip_is_an_error(write: Callable[..., Path]) -> None:
@@ -280,7 +314,7 @@ def test_a_storage_that_fails_is_not_taken_for_damage(
         raise OSError("connection reset")
 
     file = write(gzip.compress(LINES), "data.jsonl.gz")
-    monkeypatch.setattr(sources._Raw, "readinto", fail)
+    monkeypatch.setattr(lines_module._Raw, "readinto", fail)
     with pytest.raises(OSError, match="connection reset"):
         read(file)
 
@@ -330,6 +364,25 @@ def test_damaged_parquet_pages_are_an_error_with_the_file_name(table: Path) -> N
     with pytest.raises(DataError, match="not a readable Parquet file") as caught:
         read(table)
     assert str(table) in str(caught.value)
+
+
+def test_a_parquet_footer_that_promises_other_rows_than_it_lists_is_an_error(table: Path) -> None:
+    """The footer has no checksum: a wrong byte there may drop a whole row group."""
+    content = table.read_bytes()
+    promise = b"\x16\xe8\x07"  # field 3, an i64: 500 in Thrift's compact form; row groups have 64 rows
+    assert content.count(promise) == 1
+    table.write_bytes(content.replace(promise, b"\x16\xe6\x07"))
+    with pytest.raises(DataError, match="its footer promises 499 rows, its row groups 500"):
+        read(table)
+
+
+def test_a_parquet_column_whose_name_is_no_text_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"name": ["a"]}), file, store_schema=False)
+    file.write_bytes(file.read_bytes().replace(b"name", b"n\xffme"))
+    with pytest.raises(DataError, match="not a readable Parquet file") as caught:
+        read(file)
+    assert str(file) in str(caught.value)
 
 
 def test_parquet_without_rows_has_no_chunks(tmp_path: Path) -> None:

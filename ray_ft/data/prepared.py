@@ -1,0 +1,164 @@
+"""Packed rows of one split, ready to be read in any order, from storage or made again on the fly.
+
+What is kept always is the index: which rows there are, where they come from, and what was counted. With
+`data.cache: auto` the tokens lie beside it; without, `Prepared.segments` makes those of the units asked for again,
+which gives the same rows bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any, Literal, Protocol
+
+from ray_ft import paths
+from ray_ft.data import shard
+from ray_ft.data.counts import TOO_LONG, Counts
+from ray_ft.data.pack import Rows
+from ray_ft.data.shard import Segment
+
+Split = Literal["train", "eval"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows that were packed together: the smallest part that is read at once.
+
+    `chunk` is its number among the chunks of all files, `group` the unit's among those of the chunk, `source` the
+    number of the source that it belongs to, and `first` the line of the chunk at which its samples begin.
+    """
+
+    chunk: int
+    group: int
+    rows: int
+    source: int = 0
+    first: int = 1
+
+    @property
+    def shard(self) -> str:
+        return shard_name(self.chunk)
+
+
+def shard_name(chunk: int) -> str:
+    return f"{chunk:06d}.parquet"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the rows of a chunk come from: `before` counts the lines of its file that lie in earlier chunks."""
+
+    file: str
+    before: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was read of a unit; None for what was not asked for. `samples` names, for each row, its samples."""
+
+    rows: Rows | None
+    samples: list[tuple[str, ...]] | None
+
+
+class Render(Protocol):
+    """Makes units of one chunk again; `units` are in ascending order."""
+
+    def read(self, number: int, units: Sequence[Unit]) -> Iterator[Segment]: ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Packed rows of one split.
+
+    `origins` are those of the chunks, by number. `render` makes rows where no tokens are stored; None: they are.
+    """
+
+    location: str
+    seq_len: int
+    counts: Counts
+    units: tuple[Unit, ...]
+    origins: tuple[Origin, ...]
+    reused: bool = False
+    render: Render | None = None
+
+    @property
+    def rows(self) -> int:
+        """Packed rows: the unit of a batch."""
+        return self.counts.packed
+
+    @property
+    def non_pad_share(self) -> float:
+        return self.counts.tokens / max(self.counts.packed * self.seq_len, 1)
+
+    @property
+    def rejects(self) -> str:
+        return paths.join(self.location, "rejects.jsonl")
+
+    @cached_property
+    def rows_by_source(self) -> dict[int, int]:
+        """Packed rows of each source that gave any."""
+        found: dict[int, int] = {}
+        for unit in self.units:
+            found[unit.source] = found.get(unit.source, 0) + unit.rows
+        return found
+
+    def segments(self, units: Sequence[Unit], *, tokens: bool, samples: bool) -> Iterator[Loaded]:
+        """What the units hold, one after the other; neighbours of one chunk are read in one pass over it.
+
+        Raises:
+            DataError: a file changed since it was prepared, where its rows have to be made again.
+        """
+        for number, group in groupby(units, key=lambda unit: unit.chunk):
+            wanted = list(group)
+            if self.render is not None:
+                for segment in self.render.read(number, wanted):
+                    names = self._names(number, segment.lines) if samples else None
+                    yield Loaded(segment.rows if tokens else None, names)
+                continue
+            location = paths.join(self.location, "shards", shard_name(number))
+            groups = [unit.group for unit in wanted]
+            for rows, lines in shard.read(location, groups, self.seq_len, tokens=tokens, lines=samples):
+                yield Loaded(rows, None if lines is None else self._names(number, lines))
+
+    def read(self, units: Sequence[Unit]) -> Rows:
+        """The rows of some units, one after the other, in memory."""
+        size = sum(unit.rows for unit in units)
+        joined, at = Rows.blank(size, self.seq_len), 0
+        for loaded in self.segments(units, tokens=True, samples=False):
+            assert loaded.rows is not None
+            stop = at + len(loaded.rows)
+            joined.input_ids[at:stop], joined.flags[at:stop] = loaded.rows.input_ids, loaded.rows.flags
+            at = stop
+        return joined
+
+    def names(self, unit: Unit, row: int) -> list[str]:
+        """``file:line`` of the samples that share one packed row."""
+        (loaded,) = self.segments([unit], tokens=False, samples=True)
+        assert loaded.samples is not None
+        return list(loaded.samples[row])
+
+    def _names(self, chunk: int, lines: list[list[int]]) -> list[tuple[str, ...]]:
+        origin = self.origins[chunk]
+        return [tuple(f"{origin.file}:{origin.before + line}" for line in row) for row in lines]
+
+    def summary(self) -> str:
+        """What became of the rows, in a line."""
+        c = self.counts
+        long = c.rejected[TOO_LONG]
+        parts = [f"{c.rows:,} rows", f"{c.rejected.total() - long:,} rejected"]
+        parts += [f"{long:,} over {self.seq_len} tokens left out"] * bool(long) + [f"{c.truncated:,} cut"] * bool(
+            c.truncated
+        )
+        parts += [f"{c.duplicates:,} duplicate row{'s' * (c.duplicates > 1)}, used"] * bool(c.duplicates)
+        return ", ".join([*parts, f"{c.packed:,} packed rows, {self.non_pad_share:.1%} of them real tokens"])
+
+    def stats(self) -> dict[str, Any]:
+        """What `data/stats.json` of a run says."""
+        return {
+            "location": self.location,
+            "seq_len": self.seq_len,
+            "non_pad_share": round(self.non_pad_share, 4),
+            "packed_by_source": {str(source): rows for source, rows in self.rows_by_source.items()},
+            **self.counts.to_json(),
+        }
