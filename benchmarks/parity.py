@@ -109,7 +109,7 @@ def steps_of(recipe: Recipe, strategy: Strategy, order: Order, start: int, stop:
     losses = []
     for step, batch in enumerate(batches, start):
         lr = learning_rate(settings.schedule, settings.optimizer.lr, step, total)
-        losses.append(train_step(strategy, batch, settings, lr, stop=False).loss)
+        losses.append(train_step(strategy, batch, settings, lr).loss)
     return losses
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,7 +60,7 @@ def data(
     from ray_ft.train.launch import prepare_data
 
     settings, view = recipe.load(path, overrides or ()), View()
-    if settings.train.workers == 0:
+    if settings.train.in_process:
         job = prepare_data(settings, view, stream.in_process)
     else:
         with session.connected():
@@ -116,7 +117,7 @@ def train(path: RecipePath, overrides: Overrides = None) -> None:
     run = settings.run.dir.root
     if not outcome.complete:
         view.line(f"stopped after step {outcome.finished} of {outcome.total}; the same command continues")
-        raise typer.Exit(130)
+        raise typer.Exit(128 + (outcome.signal or signal.SIGINT))  # as shells report a process that a signal ended
     first = f", first step after {outcome.first_step_seconds:.0f} s" if outcome.first_step_seconds else ""
     if outcome.taken:
         view.line(f"trained {outcome.taken} steps in {outcome.seconds:.0f} s{first}: {run}")

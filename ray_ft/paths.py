@@ -156,10 +156,24 @@ def read_json(location: str) -> Any:
     return json.loads(read_bytes(location))
 
 
+def delete_file(location: str) -> None:
+    """Raises FileNotFoundError where there is none; S3 does not tell."""
+    fs, path = filesystem(location)
+    fs.delete_file(path)
+
+
 def delete_dir(location: str) -> None:
+    """Delete a folder with all that is in it, if it is there.
+
+    Raises:
+        OSError: it could not be; also where it is a symbolic link, as what that points to lies elsewhere.
+    """
     fs, path = filesystem(location)
     with contextlib.suppress(FileNotFoundError):
-        fs.delete_dir(path)
+        if isinstance(fs, pafs.LocalFileSystem):
+            shutil.rmtree(path)  # follows no link, where pyarrow's follows the first
+        else:
+            fs.delete_dir(path)
 
 
 def move(source: str, target: str) -> None:

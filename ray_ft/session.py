@@ -48,7 +48,7 @@ def connected(workers: int = 0, cpus_per_worker: float = 0, gpus_per_worker: int
     if not address():
         _check_machine(workers, cpus_per_worker)
     with ray_running(address(), OBJECT_STORE_BYTES):
-        _quiet_data()
+        _quiet()
         check(workers, cpus_per_worker, gpus_per_worker)
         yield
 
@@ -129,8 +129,13 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _quiet_data() -> None:
+def _quiet() -> None:
+    import ray._private.worker
     from ray.data import DataContext
+
+    # Ray prints a paragraph on the terminal for each worker that dies, also with `log_to_driver=False`, and offers no
+    # switch; what died is said by whoever started it.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
     context = DataContext.get_current()
     context.enable_progress_bars = False

@@ -14,7 +14,7 @@ from ray_ft.data.prepare import load as load_prepared
 from ray_ft.errors import CheckpointError
 from ray_ft.model import adapt, adapter, attention, load, quantize
 from ray_ft.span import Span
-from ray_ft.train import checkpoint, shards
+from ray_ft.train import checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +58,7 @@ class Trained:
 
     def trained_names(self) -> set[str]:
         """Parameters that the checkpoint holds, an adapter's included; all others are the base's."""
-        names = shards.read_index(self.found.location)
+        names = checkpoint.index(self.found.location)
         return {name.removeprefix(SECTION) for name in names if name.startswith(SECTION)}
 
     def read(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -79,7 +79,7 @@ class Trained:
         # Where a whole storage was moved, the rows lie beside the run as before.
         beside = paths.join(paths.parent(self.run.root), "_prepared", paths.base_name(location))
         for place in (location, beside):
-            if found := load_prepared(place):
+            if found := load_prepared(place, self.recipe, split, self.base):
                 return found
         raise CheckpointError(
             f"the prepared rows of {self.run.root} are gone from {location}",

@@ -26,6 +26,7 @@ WEIGHTS, MASTER, GATHERED = "weights", "weights in float32", "gathered weights"
 GRADIENTS, REDUCING, OPTIMIZER = "gradients", "gradients being summed", "optimizer"
 ACTIVATIONS, LOGITS, BUFFERS = "activations", "logits", "buffers"
 CONTEXT, NCCL, SLACK = "CUDA context, workspaces", "NCCL", "allocator slack"
+COPY = "checkpoint's copy"  # in host memory alone
 #: In the order of reports.
 PARTS = (
     WEIGHTS,
@@ -112,6 +113,10 @@ def estimate(
         parts[NCCL] = constants.nccl_gib * GIB if train.world_size > 1 else 0.0
         parts[SLACK] = constants.slack * sum(parts[part] for part in parts if part not in (CONTEXT, NCCL))
     host = {part: size * fleet.gpus_per_node for part, size in step.host.items()}
+    if train.checkpoint.background:
+        # Without sharding one worker of the whole run has it all; no machine has more than that.
+        copies = 1 if train.strategy == "none" else fleet.gpus_per_node
+        host[COPY] = checkpointed(shapes, train, step.cut) * copies
     host["workers' processes"] = constants.host_process_gib * GIB * fleet.gpus_per_node
     host["system, Ray"] = constants.host_node_gib * GIB
     limit = fleet.gpu.host_gib * fleet.gpus_per_node * constants.host_usable * GIB
@@ -136,6 +141,20 @@ def standing(shapes: Shapes, train: Train, cut: Cut) -> tuple[Parts, Parts]:
         if place != "nvme":
             (host if place == "cpu" else on_gpu)[part] = size
     return on_gpu, host
+
+
+def checkpointed(shapes: Shapes, train: Train, cut: Cut) -> float:
+    """Bytes that one worker writes into a checkpoint, and copies first: trained weights and the optimizer's state.
+
+    ZeRO saves its float32 weights; 8-bit moments are saved in float32.
+    """
+    trained = [p for p in shapes.parameters if p.trained]
+    zero = train.strategy.startswith("zero")
+    weights = sum(cut.share(p) * (FP32 if zero else p.itemsize) for p in trained)
+    saved = train.optimizer
+    if saved.name == "adamw_8bit":
+        saved = saved.model_copy(update={"name": "adamw"})
+    return weights + optimizer.state(saved, trained, [cut.share(p) for p in trained])
 
 
 def could_fit(shapes: Shapes, recipe: Recipe, fleet: Fleet) -> bool:

@@ -22,7 +22,7 @@ from ray_ft.recipe.model import Adapter, Model
 from ray_ft.recipe.recipe import Recipe
 from ray_ft.recipe.run import Run
 from ray_ft.recipe.serve import Evaluate, Serve
-from ray_ft.recipe.train import FSDP, Checkpoint, Optimizer, Schedule, Train, Zero
+from ray_ft.recipe.train import FSDP, Checkpoint, Failures, Optimizer, Schedule, Train, Zero
 
 __all__ = [
     "FSDP",
@@ -31,6 +31,7 @@ __all__ = [
     "Checkpoint",
     "Data",
     "Evaluate",
+    "Failures",
     "MessagesSource",
     "Model",
     "Optimizer",

@@ -17,6 +17,7 @@ from ray_ft.errors import RecipeError
 from ray_ft.recipe.data import AnySource
 from ray_ft.recipe.recipe import Recipe
 from ray_ft.recipe.section import Section
+from ray_ft.recipe.train import FORMS
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -112,8 +113,8 @@ def apply_override(content: dict[str, Any], override: str) -> None:
 def _fault(item: Any) -> str:
     """One line of an error: the key, what is wrong, the value, the ways out."""
     formats = [get_args(source.model_fields["format"].annotation)[0] for source in get_args(get_args(AnySource)[0])]
-    # pydantic puts the chosen format into the location, right behind the source's index.
-    parts = item["loc"]
+    # pydantic puts the chosen format into the location, right behind the source's index, and the form of a value.
+    parts = [part for part in item["loc"] if part not in FORMS]
     location = [str(p) for at, p in enumerate(parts) if not (at and isinstance(parts[at - 1], int) and p in formats)]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":

@@ -27,12 +27,17 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _quantized_is_whole(self) -> Recipe:
-        if self.model.quantize and self.train.workers and self.train.strategy != "none":
+        if self.model.quantize and not self.train.in_process and self.train.strategy != "none":
             raise ValueError(
                 f"model.quantize: {self.model.quantize} keeps the whole 4-bit base on each worker, which "
                 f"train.strategy: {self.train.strategy} would cut up; set train.strategy: none, or model.quantize: null"
             )
         return self
+
+    def sized(self, workers: int) -> Recipe:
+        """The recipe of one start of an elastic run, which has so many workers; 0: in this process, unsharded."""
+        changed: dict[str, object] = {"workers": workers, **({} if workers else {"strategy": "none"})}
+        return self.model_copy(update={"train": self.train.model_copy(update=changed)})
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

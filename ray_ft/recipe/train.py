@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from ray_ft import paths
 from ray_ft.recipe.section import Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+#: Tags of the two forms of `train.workers`, which pydantic puts into the location of an error.
+FORMS = ("number", "range")
+Workers = Annotated[
+    Annotated[int, Field(ge=0), Tag(FORMS[0])] | Annotated[tuple[Count, Count], Tag(FORMS[1])],
+    Discriminator(lambda value: FORMS[isinstance(value, list | tuple)]),
+]
 
 
 class Optimizer(Section):
@@ -43,6 +51,25 @@ class Checkpoint(Section):
     """Steps between checkpoints; the last step is always saved."""
     keep: Annotated[int, Field(ge=1)] = 2
     """Committed checkpoints that are kept."""
+    background: bool = True
+    """Write from a copy in host memory while training goes on; false: training waits, and no copy is needed."""
+
+
+class Failures(Section):
+    """What a run survives, and for how long it waits. With workers: 0 there are none to start again."""
+
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Failures in a row, without a new checkpoint between them, that are survived; 0: the first one ends the run."""
+    max_preemptions: Annotated[int, Field(ge=0)] | None = None
+    """Preemptions of nodes or workers that are survived, beside max_failures; null: any number."""
+    hang_seconds: Annotated[float, Field(gt=0)] = 90
+    """A worker that does not answer for so long is taken for dead."""
+    collective_seconds: Annotated[float, Field(gt=0)] = 600
+    """Workers that wait for each other for longer have failed."""
+    wait_seconds: Annotated[float, Field(gt=0)] = 1800
+    """How long a run waits for room for its workers, at the start and after losing a node."""
+    grow_seconds: Annotated[float, Field(gt=0)] = 60
+    """Elastic runs: seconds between looks for room for more workers."""
 
 
 class FSDP(Section):
@@ -86,8 +113,9 @@ class Train(Section):
     strategy: Literal["fsdp", "zero1", "zero2", "zero3", "none"] = "fsdp"
     """fsdp: parameters, gradients and optimizer sharded over the workers (FSDP2); zero1, zero2, zero3: DeepSpeed, which
     shards the optimizer, gradients too, parameters too; none: replicated on each worker."""
-    workers: Annotated[int, Field(ge=0)] = 1
-    """Ray Train workers, one device each; 0: in this process, without Ray and without sharding, for a debugger."""
+    workers: Workers = 1
+    """Ray Train workers, one device each. [min, max]: elastic, as many as there is room for, with one global batch.
+    0: in this process, without Ray and without sharding, for a debugger."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where the cluster has GPUs."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
@@ -115,10 +143,25 @@ class Train(Section):
     log_every: Annotated[int, Field(ge=1)] = 10
     """Steps between lines in metrics.jsonl."""
     checkpoint: Checkpoint = Checkpoint()
+    failures: Failures = Failures()
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the run has no workers and needs no Ray."""
+        return self.workers == 0
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of workers that the run may have, ascending: those of a range that share the batch evenly."""
+        if isinstance(self.workers, int):
+            return (max(self.workers, 1),)
+        low, high = self.workers
+        return tuple(n for n in range(low, high + 1) if self.global_batch % (self.micro_batch * n) == 0)
 
     @property
     def world_size(self) -> int:
-        return max(self.workers, 1)
+        """Workers, as many as the run may have."""
+        return self.sizes[-1]
 
     @property
     def accumulation(self) -> int:
@@ -132,6 +175,18 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Train:
+        if isinstance(self.workers, tuple):
+            low, high = self.workers
+            if low > high:
+                raise ValueError(
+                    f"workers: [{low}, {high}] is [min, max], and min is the larger; write [{high}, {low}]"
+                )
+            if not self.sizes:
+                raise ValueError(
+                    f"no number of workers from {low} to {high} shares global_batch: {self.global_batch} evenly in "
+                    f"micro-batches of {self.micro_batch}; change global_batch or micro_batch, or widen workers"
+                )
+            return self
         unit = self.micro_batch * self.world_size
         if self.global_batch % unit:
             below, above = self.global_batch // unit * unit, -(-self.global_batch // unit) * unit
@@ -164,10 +219,11 @@ class Train(Section):
                 f"{self.strategy}; set strategy: zero3, or offload_parameters: none"
             )
         replicas = self.fsdp.replicas
-        if self.workers and isinstance(replicas, int):
-            if self.workers % replicas:
-                raise ValueError(f"fsdp.replicas: {replicas} does not divide workers: {self.workers}")
-            size, group = self.fsdp.reshard_after_forward, self.workers // replicas
+        for workers in () if self.in_process or not isinstance(replicas, int) else self.sizes:
+            assert isinstance(replicas, int)
+            if workers % replicas:
+                raise ValueError(f"fsdp.replicas: {replicas} does not divide workers: {workers}")
+            size, group = self.fsdp.reshard_after_forward, workers // replicas
             if not isinstance(size, bool) and group % size:
                 raise ValueError(f"fsdp.reshard_after_forward: {size} does not divide a group of {group} workers")
         return self
@@ -193,14 +249,15 @@ class Train(Section):
                         "set strategy: fsdp, or leave it out"
                     )
         if optimizer.in_backward:
+            accumulating = self.global_batch // (self.micro_batch * self.sizes[0])
             if self.clip_norm is not None:
                 raise ValueError(
                     f"optimizer.in_backward updates before the whole gradient's norm is known, and clip_norm is "
                     f"{self.clip_norm}; set clip_norm: null (adafactor clips each update itself), or in_backward: false"
                 )
-            if self.accumulation > 1:
+            if accumulating > 1:
                 raise ValueError(
-                    f"optimizer.in_backward updates in every backward pass, and a step has {self.accumulation}; "
-                    f"set micro_batch: {self.rows_per_worker}, or in_backward: false"
+                    f"optimizer.in_backward updates in every backward pass, and a step has {accumulating}; "
+                    f"set micro_batch: {self.global_batch // self.sizes[0]}, or in_backward: false"
                 )
         return self

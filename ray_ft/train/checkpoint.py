@@ -1,30 +1,43 @@
 """Checkpoints: sharded, on any filesystem, and none counts before its COMMITTED marker is written.
 
-    checkpoints/step_00000100/ shard_00000.safetensors …  index.json  state.json  COMMITTED (sizes of all files)
+    checkpoints/step_00000100-1f0c9a2b/ shard_00000.safetensors …  index.json  state.json  COMMITTED
 
-Tensors lie by qualified name, ``model/<parameter>`` and ``optim/<parameter>/<moment>``, as runs of the flattened whole
-(see `shards`), so a checkpoint restores at another number of workers and under another strategy. The newest valid one
-is used; a broken one is set aside under another name, never deleted.
+Each attempt to save a step has a folder of its own (the hexadecimal part of the name is drawn at random): a worker that
+was cut off from the others, and writes on while a new attempt has long begun, reaches no file of that attempt.
+COMMITTED, written last, lists all files with their sizes, and the small ones with their checksums; those of the shards'
+blocks are in the index. Tensors lie by qualified name, ``model/<parameter>`` and ``optim/<parameter>/<moment>``, as
+runs of the flattened whole (see `shards`), so a checkpoint restores at another number of workers and under another
+strategy. The newest valid one is used; a broken one is set aside under another name, never deleted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.fs as pafs
 import torch
 
 from ray_ft import paths
-from ray_ft.errors import CheckpointError
+from ray_ft.errors import CheckpointError, StorageError
+from ray_ft.retry import patiently
 from ray_ft.span import Span
 from ray_ft.train import shards
+from ray_ft.train.shards import Damaged, Stored, Written, checksum
 
-FORMAT = 2
+FORMAT = 3
 COMMITTED = "COMMITTED"
-PREFIX = "step_"
+STATE = "state.json"
+BROKEN = ".broken"
+_NAME = re.compile(r"step_(\d{8,})(-[0-9a-f]+)?")
+_AGAIN = ["train again: it is set aside, and the checkpoint before it is used"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,92 +53,197 @@ class OtherFormat(CheckpointError):
     """A checkpoint that another version wrote."""
 
 
-def name(step: int) -> str:
-    return f"{PREFIX}{step:08d}"
+def name(step: int, attempt: str = "") -> str:
+    """The folder of an attempt to save a step; "" of one that no other can meet."""
+    return f"step_{step:08d}{f'-{attempt}' if attempt else ''}"
+
+
+def folders(folder: str) -> list[tuple[int, str]]:
+    """(step, location) of all that lies in a run's checkpoints folder, oldest first, committed or not.
+
+    Raises:
+        StorageError: storage does not answer.
+    """
+    found = [(match, entry) for entry in _reach(folder, paths.list_dir) if (match := _NAME.fullmatch(entry))]
+    return sorted((int(match[1]), paths.join(folder, entry)) for match, entry in found)
+
+
+def committed(folder: str) -> list[tuple[int, str]]:
+    """Those of `folders` that have their marker; none is opened."""
+    return [(step, location) for step, location in folders(folder) if is_committed(location)]
+
+
+def is_committed(location: str) -> bool:
+    return _reach(paths.join(location, COMMITTED), paths.exists)
 
 
 def steps(folder: str) -> list[int]:
     """Steps of all committed checkpoints in a run's checkpoints folder, oldest first; none is opened."""
-    return [
-        int(entry.removeprefix(PREFIX))
-        for entry in paths.list_dir(folder)
-        if entry.removeprefix(PREFIX).isdigit() and paths.exists(paths.join(folder, entry, COMMITTED))
-    ]
+    return sorted({step for step, _ in committed(folder)})
 
 
-def newest(folder: str, on_broken: Any = None) -> Found | None:
+def _reach(location: str, call: Callable[[str], T]) -> T:
+    """``call(location)``, again where storage fails for a moment.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StorageError: storage does not answer; that says nothing about what lies there.
+    """
+    try:
+        return patiently(lambda: call(location))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _unreachable(location, error) from error
+
+
+def _unreachable(location: str, error: OSError) -> StorageError:
+    return StorageError(
+        f"{location} cannot be read: {_first_line(error)}",
+        [
+            "check that every node reaches run.storage, and its credentials",
+            "train again once it does: checkpoints are left as they are",
+        ],
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def newest(folder: str, on_broken: Callable[[str, str], None] | None = None) -> Found | None:
     """The newest checkpoint whose files are all there in full, or None.
+
+    Sizes and the small files are checked here, blocks of tensors as they are read.
 
     Args:
         on_broken: called with (location, why) for each newer one that is not; without it they are only passed over,
-            with it they are also renamed to `<name>.broken`, or `<name>.broken-2` and so on where there was one before.
+            with it they are also set aside, and the location is the new one. What was never committed is left where
+            it is and not spoken of: it is what a killed run leaves.
+
+    Raises:
+        OtherFormat: the newest one was written by another version; it is not broken, and to begin anew would throw
+            the run away.
+        StorageError: storage does not answer, after several attempts.
     """
-    for step in reversed(steps(folder)):
-        location = paths.join(folder, name(step))
+    for step, location in reversed(committed(folder)):
         try:
-            return Found(location, step, _verify(location))
-        except OtherFormat:
-            raise  # it is not broken: to begin anew would throw the run away
-        except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return Found(location, step, verify(location))
+        except Damaged as error:
             if on_broken is not None:
-                aside = _free(paths.add_suffix(location, ".broken"))
-                paths.move(location, aside)
-                on_broken(aside, str(error))
+                on_broken(set_aside(location, error.what), error.what)
     return None
 
 
-def _free(location: str) -> str:
-    names = itertools.chain([location], (paths.add_suffix(location, f"-{number}") for number in itertools.count(2)))
-    return next(candidate for candidate in names if not paths.exists(candidate))
+def verify(location: str) -> dict[str, Any]:
+    """state.json of a checkpoint whose marker, sizes and small files are as they were written.
+
+    Raises:
+        Damaged: they are not.
+        OtherFormat: another version wrote it.
+        StorageError: storage does not answer.
+    """
+    files = _listing(location)
+
+    def infos(_: str) -> list[pafs.FileInfo]:
+        fs, _ = paths.filesystem(location)
+        return fs.get_file_info([paths.filesystem(paths.join(location, file))[1] for file in files])
+
+    for (file, facts), info in zip(files.items(), _reach(location, infos), strict=True):
+        if info.type != pafs.FileType.File:
+            raise _damaged(location, file, "is missing")
+        if info.size != facts["bytes"]:
+            raise _damaged(location, file, f"has {info.size} bytes, {facts['bytes']} were committed")
+    _checked(location, shards.INDEX, files)
+    return json.loads(_checked(location, STATE, files))
 
 
-def _verify(location: str) -> dict[str, Any]:
-    listing = paths.read_json(paths.join(location, COMMITTED))
-    fs, _ = paths.filesystem(location)
-    for file, size in listing["files"].items():
-        _, path = paths.filesystem(paths.join(location, file))
-        info = fs.get_file_info(path)
-        if info.size != size:
-            raise CheckpointError(f"{file} has {info.size} bytes, {size} were committed")
-    state = paths.read_json(paths.join(location, "state.json"))
-    if state["format"] != FORMAT:
-        raise OtherFormat(
-            f"{location} is in format {state['format']!r}, this version reads {FORMAT}",
-            ["continue it with the version that wrote it", "train under another run.name"],
-        )
-    return state
+def index(location: str) -> dict[str, Stored]:
+    """Every tensor of a checkpoint by name.
+
+    Raises:
+        Damaged, OtherFormat, StorageError: as for `verify`.
+    """
+    return shards.parse_index(_checked(location, shards.INDEX, _listing(location)))
 
 
-def save(folder: str, step: int, spans: Mapping[str, Span], state: dict[str, Any], rank: int, world: int) -> str:
-    """Write a checkpoint; every rank calls it. Returns its location.
+def _listing(location: str) -> dict[str, dict[str, int]]:
+    """The files that a checkpoint's marker lists."""
+    raw = _read(location, COMMITTED)
+    try:
+        marker = json.loads(raw)
+        if marker["checksum"] == checksum(_canonical(marker["files"], marker["format"])):
+            if marker["format"] != FORMAT:
+                raise _other_format(location, marker["format"])
+            return marker["files"]
+        why = "its checksum does not fit its content"
+    except KeyError:  # up to format 2 it had no checksum
+        with contextlib.suppress(ValueError, KeyError, TypeError, FileNotFoundError):
+            if (found := json.loads(_read(location, STATE))["format"]) in (1, 2):
+                raise _other_format(location, found) from None
+        why = "it lacks what it should hold"
+    except (ValueError, TypeError) as error:
+        why = _first_line(error)
+    raise _damaged(location, COMMITTED, f"is not what was written: {why}")
+
+
+def _other_format(location: str, found: Any) -> OtherFormat:
+    return OtherFormat(
+        f"{location} is in format {found!r}, this version reads {FORMAT}",
+        ["continue it with the version that wrote it", "train under another run.name"],
+    )
+
+
+def _canonical(files: Any, form: Any) -> bytes:
+    return json.dumps([form, files], sort_keys=True).encode()
+
+
+def _checked(location: str, file: str, files: dict[str, dict[str, int]]) -> bytes:
+    content = _read(location, file)
+    facts = files.get(file)
+    if facts is None:
+        raise _damaged(location, file, f"is not listed in {COMMITTED}")
+    if len(content) != facts["bytes"] or checksum(content) != facts["checksum"]:
+        raise _damaged(location, file, "has other bytes than were committed")
+    return content
+
+
+def _read(location: str, file: str) -> bytes:
+    try:
+        return _reach(paths.join(location, file), paths.read_bytes)
+    except FileNotFoundError:
+        raise _damaged(location, file, "is missing") from None
+
+
+def _damaged(location: str, file: str, what: str) -> Damaged:
+    return Damaged(f"{paths.join(location, file)} {what}", _AGAIN, file)
+
+
+def set_aside(location: str, why: str) -> str:
+    """Rename a broken checkpoint to `<name>.broken`, or `<name>.broken-2` and so on where there was one before.
 
     Args:
-        spans: what this rank holds, by qualified name.
-        state: what state.json holds besides the format and the step.
+        why: is written into it, for whoever finds it.
+
+    Returns:
+        where it is now.
     """
-    location = paths.join(folder, name(step))
-    if rank == 0:
-        paths.delete_dir(location)  # what an earlier attempt left without committing it
-    _barrier(world)
-    written = shards.write(location, rank, spans)
-    everything: list[Any] = [None] * world
-    if world > 1:
-        torch.distributed.all_gather_object(everything, written)
-    else:
-        everything = [written]
-    if rank == 0:
-        shards.write_index(location, everything)
-        paths.write_json(paths.join(location, "state.json"), {"format": FORMAT, "step": step, **state})
-        fs, path = paths.filesystem(location)
-        sizes = {info.base_name: info.size for info in fs.get_file_info(pafs.FileSelector(path))}
-        if lost := [file for file, _ in everything if file not in sizes]:
-            raise CheckpointError(
-                f"{location} lacks {', '.join(lost[:3])}, which other workers wrote",
-                ["run.storage must be one place that every node reaches"],
-            )
-        paths.write_json(paths.join(location, COMMITTED), {"files": sizes})
-    _barrier(world)
-    return location
+    head = paths.add_suffix(location, BROKEN)
+    names = itertools.chain([head], (paths.add_suffix(head, f"-{number}") for number in itertools.count(2)))
+    aside = next(candidate for candidate in names if not _reach(candidate, paths.exists))
+    try:
+        patiently(lambda: paths.move(location, aside))
+    except OSError as error:
+        raise StorageError(
+            f"{location} is broken ({why}) and cannot be renamed: {_first_line(error)}",
+            ["rename or delete it, then train again", "check the rights to run.storage"],
+        ) from error
+    with contextlib.suppress(OSError):  # the disk may be full; it is said elsewhere too
+        paths.write_text(paths.join(aside, "WHY"), why + "\n")
+    return aside
 
 
 def restore(location: str, spans: Mapping[str, Span], *, partial: bool = False) -> None:
@@ -136,28 +254,34 @@ def restore(location: str, spans: Mapping[str, Span], *, partial: bool = False) 
 
     Raises:
         CheckpointError: it lacks one of them or has one more, or one has another shape.
+        Damaged: bytes of it are not those that were written; spans may be filled in part.
+        StorageError: storage does not answer, after several attempts.
     """
+    stored = index(location)
+    sections = {key.partition("/")[0] for key in spans}
+    more = set() if partial else {key for key in stored if key.partition("/")[0] in sections} - _asked(spans)
+    for what, names in (("lacks", spans.keys() - stored.keys()), ("also holds", more)):
+        if names:
+            raise _misfit(
+                location, f"it {what} {', '.join(sorted(names)[:3])}{f' … ({len(names)})' if len(names) > 3 else ''}"
+            )
+    for key, span in spans.items():
+        if stored[key].shape != span.shape:
+            raise _misfit(location, f"{key} has shape {stored[key].shape} there, {span.shape} here")
     try:
-        stored = shards.read_index(location)
-        sections = {key.partition("/")[0] for key in spans}
-        more = set() if partial else {key for key in stored if key.partition("/")[0] in sections} - _asked(spans)
-        for what, names in (("lacks", spans.keys() - stored.keys()), ("also holds", more)):
-            if names:
-                raise ValueError(
-                    f"it {what} {', '.join(sorted(names)[:3])}{f' … ({len(names)})' if len(names) > 3 else ''}"
-                )
-        for key, span in spans.items():
-            if stored[key].shape != span.shape:
-                raise ValueError(f"{key} has shape {stored[key].shape} there, {span.shape} here")
         shards.read(location, stored, spans)
-    except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(
-            f"{location} does not fit this recipe: {str(error).strip().splitlines()[-1][:300]}",
-            [
-                "train under another run.name",
-                "or with the model, optimizer, adapter and frozen parameters that it was written with",
-            ],
-        ) from error
+    except OSError as error:
+        raise _unreachable(location, error) from error
+
+
+def _misfit(location: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{location} does not fit this recipe: {what}",
+        [
+            "train under another run.name",
+            "or with the model, optimizer, adapter and frozen parameters that it was written with",
+        ],
+    )
 
 
 def _asked(spans: Mapping[str, Span]) -> set[str]:
@@ -169,10 +293,94 @@ def _asked(spans: Mapping[str, Span]) -> set[str]:
     return set().union(*names)
 
 
-def retain(folder: str, keep: int) -> None:
-    """Delete all but the newest `keep` committed checkpoints."""
-    for step in steps(folder)[:-keep]:
-        paths.delete_dir(paths.join(folder, name(step)))
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def save(folder: str, step: int, spans: Mapping[str, Span], state: dict[str, Any], rank: int, world: int) -> str:
+    """Write a checkpoint and wait for it; every rank calls it. Returns its location. Training uses `saver.Saver`.
+
+    Args:
+        spans: what this rank holds, by qualified name.
+        state: what state.json holds besides the format and the step.
+    """
+    location = paths.join(folder, name(step))
+    if rank == 0:
+        paths.delete_dir(location)
+    _barrier(world)
+    written = shards.write(location, rank, spans)
+    parts: list[Any] = [written]
+    if world > 1:
+        parts = [None] * world
+        torch.distributed.all_gather_object(parts, written)
+    if rank == 0:
+        commit(location, step, parts, state)
+    _barrier(world)
+    return location
+
+
+def commit(location: str, step: int, parts: Sequence[Written], state: dict[str, Any]) -> None:
+    """Write index, state and, last, the marker.
+
+    Args:
+        parts: what each worker wrote.
+
+    Raises:
+        CheckpointError: a shard is not there in full, or the shards do not make up the whole tensors.
+        OSError: storage failed, after several attempts.
+    """
+    fs, _ = paths.filesystem(location)
+    sizes = {part["file"]: part["bytes"] for part in parts}
+    paths_of = [paths.filesystem(paths.join(location, file))[1] for file in sizes]
+    infos = patiently(lambda: fs.get_file_info(paths_of))
+    found = {file: info.size for file, info in zip(sizes, infos, strict=True)}
+    if lost := [file for file, size in sizes.items() if found[file] != size]:
+        raise incomplete(location, lost)
+    files: dict[str, dict[str, int]] = {file: {"bytes": size} for file, size in sizes.items()}
+    details = json.dumps({"format": FORMAT, "step": step, **state}, indent=2, ensure_ascii=False) + "\n"
+    for file, content in ((shards.INDEX, shards.index_of(parts)), (STATE, details.encode())):
+        _write(paths.join(location, file), content)
+        files[file] = {"bytes": len(content), "checksum": checksum(content)}
+    marker = {"format": FORMAT, "checksum": checksum(_canonical(files, FORMAT)), "files": files}
+    _write(paths.join(location, COMMITTED), json.dumps(marker, indent=2).encode())
+
+
+def _write(location: str, content: bytes) -> None:
+    patiently(lambda: paths.write_bytes(location, content))
+
+
+def incomplete(location: str, lost: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{location} lacks {', '.join(lost[:3])}, which other workers wrote",
+        ["run.storage must be one place that every node reaches"],
+    )
+
+
+def retain(folder: str, keep: int, say: Callable[[str], None] = lambda line: None) -> None:
+    """Delete committed checkpoints older than the newest `keep` valid ones.
+
+    Each of those is checked as by `newest` before an older one goes: one that is known to be broken is no reason to
+    delete the one that a run would fall back to. What fails is said and stays for the next time.
+    """
+    valid = 0
+    for _, location in reversed(committed(folder)):
+        if valid < keep:
+            try:
+                verify(location)
+                valid += 1
+            except CheckpointError as error:
+                say(f"{error.what}; an older checkpoint is kept for it")
+        else:
+            delete(location, say)
+
+
+def delete(location: str, say: Callable[[str], None]) -> None:
+    """Delete a checkpoint's folder, its marker first, so that half of one never counts; a failure is said."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            patiently(lambda: paths.delete_file(paths.join(location, COMMITTED)))
+        patiently(lambda: paths.delete_dir(location))
+    except OSError as error:
+        say(f"{location} could not be deleted: {_first_line(error)}")
 
 
 def _barrier(world: int) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Protocol
 
 import numpy as np
@@ -16,14 +17,26 @@ from ray_ft.data.stream import Batch, local_batches
 from ray_ft.errors import TrainingError
 from ray_ft.recipe import Train
 from ray_ft.strategy.base import Layout, Strategy
+from ray_ft.train.keeper import Keeper
 from ray_ft.train.metrics import Meter
 from ray_ft.train.schedule import due, learning_rate
 
 NAMED = 16  # samples of each worker that an error names
 
 
+class Ask(IntEnum):
+    """What is asked of the loop: to go on, to save and make room for another start, or to save and end."""
+
+    NOTHING = 0
+    RESTART = 1
+    STOP = 2
+
+
 class Link(Protocol):
     """What connects the loop to whoever started it."""
+
+    def begin(self, step: int, workers: int, model_seconds: float) -> None:
+        """Hear that training goes on after `step` steps, the model being built and restored; called by rank 0."""
 
     def say(self, line: str) -> None:
         """Take a line for people; called by rank 0."""
@@ -31,42 +44,37 @@ class Link(Protocol):
     def log(self, row: dict[str, float]) -> None:
         """Take a row of metrics; called by rank 0."""
 
-    def stop_requested(self) -> bool:
-        """Whether the run should end after this step, with a checkpoint; asked of rank 0."""
-
-
-class Saver(Protocol):
-    """Writes a checkpoint after `step` finished steps."""
-
-    def __call__(self, step: int) -> None: ...
+    def asked(self) -> Ask:
+        """What is asked; every rank is asked before each step, and the largest of their answers counts."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss` is the mean over the step's target tokens (nats); `norm` the gradient's before clipping."""
+    """`loss` is the mean over the step's target tokens (nats); `norm` the gradient's before clipping; `notes` the sums
+    over all workers of what each gave."""
 
     loss: float
     norm: float
     tokens: int
-    stop: bool
+    notes: list[float]
 
 
-def train_step(strategy: Strategy, batch: Batch, settings: Train, lr: float, stop: bool) -> StepResult:
+def train_step(strategy: Strategy, batch: Batch, settings: Train, lr: float, notes: Sequence[float] = ()) -> StepResult:
     """One optimizer step: the sum of gradients over all target tokens of the global batch, divided by their number.
 
     The divisor is global, so the step does not depend on how rows lie over workers, micro-batches and padding.
 
     Args:
         batch: this worker's rows of the step.
-        stop: whether this worker asks for the run to end after this step.
+        notes: numbers that travel along with a sum over the workers that is needed anyway.
 
     Raises:
         _NotFinite: the loss or the gradient is not finite; nothing has been updated (but see optimizer.in_backward).
     """
     device = strategy.layout.device
     targets = int(np.count_nonzero(batch.rows.flags & pack.TRAINED))
-    shared = torch.tensor([targets, float(stop)], dtype=torch.float64, device=device)
-    tokens, stops = strategy.all_reduce(shared).tolist()
+    shared = torch.tensor([targets, *notes], dtype=torch.float64, device=device)
+    tokens, *summed = strategy.all_reduce(shared).tolist()
     strategy.begin(lr)
     losses: list[torch.Tensor] = []
     parts = list(micro_batches(batch.rows, settings.micro_batch))
@@ -79,7 +87,7 @@ def train_step(strategy: Strategy, batch: Batch, settings: Train, lr: float, sto
     norm = strategy.step(settings.clip_norm).item() if np.isfinite(mean) else np.nan
     if not np.isfinite(norm):
         raise _NotFinite(mean, norm, torch.stack(losses).tolist())
-    return StepResult(mean, norm, int(tokens), stops > 0)
+    return StepResult(mean, norm, int(tokens), summed)
 
 
 def train(
@@ -90,14 +98,22 @@ def train(
     settings: Train,
     start: int,
     total: int,
-    save: Saver,
+    keeper: Keeper,
     link: Link,
     meter: Meter,
-) -> int:
-    """Train from step `start` to `total`, evaluating, saving and logging as the recipe says. Returns the steps done."""
+) -> tuple[int, Ask]:
+    """Train from step `start` to `total`, evaluating, saving and logging as the recipe says.
+
+    Returns:
+        The steps finished, and what was asked: NOTHING where the run is complete.
+
+    Raises:
+        TrainingError: the rows end too early, or a loss is not finite.
+        StorageError: the last checkpoint could not be written, or several in a row.
+    """
     layout = strategy.layout
     stream = iter(batches)
-    finished = start
+    finished, asked = start, Ask.NOTHING
     for step in range(start, total):
         waited = time.perf_counter()
         batch = next(stream, None)
@@ -111,30 +127,38 @@ def train(
             )
         meter.waited(time.perf_counter() - waited)
         lr = learning_rate(settings.schedule, settings.optimizer.lr, step, total)
+        wish = link.asked()
+        notes = [wish == Ask.RESTART, wish == Ask.STOP, *keeper.signals()]
         try:
-            result = train_step(strategy, batch, settings, lr, stop=layout.rank == 0 and link.stop_requested())
+            result = train_step(strategy, batch, settings, lr, notes)
         except _NotFinite as fault:
             raise _explain(fault, step, batch, order, strategy.layout, settings) from None
+        restarts, stops, *saved = result.notes
+        asked = Ask.STOP if stops else Ask.RESTART if restarts else Ask.NOTHING
+        keeper.advance(saved)
         finished = step + 1
+        keeper.used(finished, batch)
         row = meter.step(finished, result.loss, result.norm, lr, batch.rows)
         held_out_due = held_out is not None and due(settings.eval_every, finished, total)
         if held_out_due:
             assert held_out is not None
             row["eval_loss"] = evaluate(strategy, held_out, settings.micro_batch)
             meter.pause()
-        saving = result.stop or due(settings.checkpoint.every, finished, total)
+        ending = asked is not Ask.NOTHING or finished == total
+        saving = ending or due(settings.checkpoint.every, finished, total)
         if saving:
             began = time.perf_counter()
-            save(finished)
+            keeper.save(finished, wait=ending or not settings.checkpoint.background)
             row["checkpoint_seconds"] = time.perf_counter() - began
             meter.pause()
         if layout.rank == 0 and (
             held_out_due or saving or finished == start + 1 or due(settings.log_every, finished, total)
         ):
             link.log(meter.row(row))
-        if result.stop:
+        keeper.check(finished, needed=finished == total or asked is Ask.STOP)
+        if ending:
             break
-    return finished
+    return finished, Ask.NOTHING if finished == total else asked
 
 
 def evaluate(strategy: Strategy, order: Order, micro_batch: int) -> float:

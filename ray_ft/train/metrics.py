@@ -100,14 +100,30 @@ class MetricsLog:
     """
 
     def __init__(self, run: paths.RunDir, start: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self._run = run
         self._rows: list[dict[str, Any]] = [row for row in read_metrics(run) if row["step"] <= start]
         self._remote = paths.is_uri(run.root)
+        self._behind = False  # whether the file lacks rows that could not be written
         self._folder = tempfile.mkdtemp(prefix="ray_ft_tb_") if self._remote else run.tensorboard
+        self._open(start)
+        self._write()
+
+    def _open(self, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(self._folder, purge_step=start + 1 if start else None)
-        paths.write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in self._rows))
+
+    def _write(self) -> None:
+        paths.write_text(self._run.metrics, "".join(json.dumps(row) + "\n" for row in self._rows))
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows of steps after `step`, which are taken again."""
+        if not self._rows or self._rows[-1]["step"] <= step:
+            return
+        self._rows = [row for row in self._rows if row["step"] <= step]
+        self._write()
+        self._writer.close()
+        self._open(step)
 
     def add(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
@@ -115,13 +131,20 @@ class MetricsLog:
             if name != "step":
                 self._writer.add_scalar(name, value, int(row["step"]))
         if not self._remote:
-            with open(self._run.metrics, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(row) + "\n")
+            self._behind, behind = True, self._behind
+            if behind:  # a full disk took part of a line, or none
+                self._write()
+            else:
+                with open(self._run.metrics, "a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(row) + "\n")
+            self._behind = False
 
     def flush(self) -> None:
         self._writer.flush()
+        if self._remote or self._behind:
+            self._write()
+            self._behind = False
         if self._remote:
-            paths.write_text(self._run.metrics, "".join(json.dumps(row) + "\n" for row in self._rows))
             paths.upload_dir(self._folder, self._run.tensorboard)
 
     def close(self) -> None:

@@ -1,9 +1,10 @@
 """Spans in files: one safetensors file for each worker, on any filesystem, read again in any other cut.
 
 A checkpoint's folder holds ``shard_00000.safetensors`` and so on, in which each tensor is one dimension long: the run
-of the flattened whole that this worker owned. ``index.json`` says which file holds which run of which tensor. Whoever
-reads asks for the runs that it wants and reads those bytes alone, so neither the strategy nor the number of workers
-that wrote matters. Nothing is pickled, and memory holds one block at a time.
+of the flattened whole that this worker owned. ``index.json`` says which file holds which run of which tensor, and has a
+checksum of each file's header and of each block of each run. Whoever reads asks for the runs that it wants and reads
+the blocks with those bytes alone, so neither the strategy nor the number of workers that wrote matters; each block is
+checked before any of it is used. Nothing is pickled, and memory holds one block at a time.
 """
 
 from __future__ import annotations
@@ -11,44 +12,125 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import pyarrow.fs as pafs
 import torch
 
 from ray_ft import paths
 from ray_ft.errors import CheckpointError
+from ray_ft.retry import patiently
 from ray_ft.span import Span
 
 INDEX = "index.json"
-BLOCK = 1 << 26  # bytes that are copied at once
+
+#: Bytes of a run that have one checksum, and that are copied at once.
+BLOCK = 1 << 24
+#: Blocks after which a writer waits until they have left: an S3 stream would else hold all that its uploads lag behind.
+IN_FLIGHT = 8
+
+#: Of the standard library's checksums the fastest on one core of the machine that this was measured on, in GB/s:
+#: crc32 4.2, adler32 3.6, sha1 1.9, sha256 1.8, blake2b 0.9, md5 0.8; a copy in memory takes 12. It is there against
+#: decay, not forgery: 1 damaged block in 4 billion goes unseen. It releases the GIL.
+checksum = zlib.crc32
 
 #: Names of element types in the safetensors format.
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
+class Damaged(CheckpointError):
+    """Bytes of a checkpoint are not those that were written, or not there.
+
+    Attributes:
+        file: its name in the checkpoint's folder.
+        tensor: whose values they are; None in what is no tensor's.
+        offset: of the first byte of the block in the file; None where the whole file is meant.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        ways_out: Sequence[str] = (),
+        file: str = "",
+        tensor: str | None = None,
+        offset: int | None = None,
+    ) -> None:
+        super().__init__(what, ways_out)
+        self.file, self.tensor, self.offset = file, tensor, offset
+        self.args = (what, self.ways_out, file, tensor, offset)  # what pickling gives to __init__ again
+
+
+class Stopped(Exception):
+    """Writing was given up because nobody wants the file any more."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The elements [start, stop) of a tensor in one file.
+
+    Attributes:
+        header: bytes of the file's header, its length included, and their checksum.
+        block: bytes that have one checksum; the last block of a run may be shorter.
+        checksums: of the blocks, in order.
+    """
+
+    file: str
+    start: int
+    stop: int
+    header: tuple[int, int]
+    block: int
+    checksums: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a checkpoint: its whole shape, and its runs as (file, start, stop), in order."""
+    """A tensor of a checkpoint: its whole shape, and its runs, in order."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    runs: tuple[tuple[str, int, int], ...]
+    runs: tuple[Run, ...]
 
 
-#: What one worker wrote: tensor name → (start, stop, shape, element type), and the file's name.
-Written = tuple[str, dict[str, tuple[int, int, tuple[int, ...], str]]]
+class Written(TypedDict):
+    """What one worker wrote, as JSON has it.
+
+    `header` is (bytes, checksum); `tensors`: name → (start, stop, shape, element type, checksums of the blocks).
+    """
+
+    file: str
+    bytes: int
+    header: tuple[int, int]
+    tensors: dict[str, tuple[int, int, tuple[int, ...], str, list[int]]]
 
 
-def write(folder: str, rank: int, spans: Mapping[str, Span]) -> Written:
-    """Write what this worker owns of `spans` into its file."""
-    owned = {name: span for name, span in sorted(spans.items()) if span.owner and span.data.numel()}
+def file_name(rank: int) -> str:
+    return f"shard_{rank:05d}.safetensors"
+
+
+def owned(spans: Mapping[str, Span]) -> dict[str, Span]:
+    """What this worker writes, in the order of its file: wide elements first, so that all are aligned."""
+    mine = {name: span for name, span in spans.items() if span.owner and span.data.numel()}
+    return dict(sorted(mine.items(), key=lambda item: (-item[1].data.element_size(), item[0])))
+
+
+def write(folder: str, rank: int, spans: Mapping[str, Span], stopped: Callable[[], bool] = lambda: False) -> Written:
+    """Write what this worker owns of `spans` into its file.
+
+    Args:
+        stopped: asked before each block.
+
+    Raises:
+        Stopped: it said so; what is there of the file is to be deleted.
+        OSError: storage failed; the file may be there in part.
+    """
+    mine = owned(spans)
     header: dict[str, Any] = {}
     offset = 0
-    for name, span in owned.items():
+    for name, span in mine.items():
         size = span.data.numel() * span.data.element_size()
         header[name] = {
             "dtype": CODES[span.data.dtype],
@@ -58,24 +140,39 @@ def write(folder: str, rank: int, spans: Mapping[str, Span]) -> Written:
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
-    file = f"shard_{rank:05d}.safetensors"
-    location = paths.join(folder, file)
+    text = struct.pack("<Q", len(text)) + text
+    location = paths.join(folder, file_name(rank))
     fs, path = paths.filesystem(location)
     fs.create_dir(os.path.dirname(path), recursive=True)
+    checksums: dict[str, list[int]] = {name: [] for name in mine}
     with fs.open_output_stream(path, compression=None) as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for span in owned.values():
-            for block in _blocks(span.data):
-                stream.write(block.contiguous().view(torch.uint8).numpy())
+        stream.write(text)
+        for number, (name, block) in enumerate(_blocks(mine)):
+            if stopped():
+                raise Stopped
+            content = block.contiguous().view(torch.uint8).numpy()
+            checksums[name].append(checksum(content))
+            stream.write(content)
+            if number % IN_FLIGHT == IN_FLIGHT - 1:
+                stream.flush()
     if isinstance(fs, pafs.LocalFileSystem):
         _flush_to_disk(path)
-    return file, {name: (span.start, span.stop, span.shape, CODES[span.data.dtype]) for name, span in owned.items()}
+    return {
+        "file": file_name(rank),
+        "bytes": len(text) + offset,
+        "header": (len(text), checksum(text)),
+        "tensors": {
+            name: (span.start, span.stop, span.shape, CODES[span.data.dtype], checksums[name])
+            for name, span in mine.items()
+        },
+    }
 
 
-def _blocks(data: torch.Tensor) -> Iterator[torch.Tensor]:
-    size = BLOCK // data.element_size()
-    for start in range(0, data.numel(), size):
-        yield data[start : start + size].detach().cpu()
+def _blocks(spans: Mapping[str, Span]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, span in spans.items():
+        size = BLOCK // span.data.element_size()
+        for start in range(0, span.data.numel(), size):
+            yield name, span.data[start : start + size].detach().cpu()
 
 
 def _flush_to_disk(path: str) -> None:
@@ -87,64 +184,126 @@ def _flush_to_disk(path: str) -> None:
         os.close(descriptor)
 
 
-def write_index(folder: str, written: list[Written]) -> None:
-    """Say where everything is, from what all workers wrote.
+def index_of(written: Iterable[Written]) -> bytes:
+    """``index.json``: where everything is, from what all workers wrote.
 
     Raises:
         CheckpointError: the runs of a tensor do not make up the whole.
     """
-    index: dict[str, dict[str, Any]] = {}
-    for file, entries in written:
-        for name, (start, stop, shape, code) in entries.items():
-            entry = index.setdefault(name, {"shape": list(shape), "dtype": code, "runs": []})
-            entry["runs"].append([file, start, stop])
-    for name, entry in index.items():
+    files: dict[str, Any] = {}
+    tensors: dict[str, dict[str, Any]] = {}
+    for part in written:
+        files[part["file"]] = {"bytes": part["bytes"], "header": part["header"]}
+        for name, (start, stop, shape, code, checksums) in part["tensors"].items():
+            entry = tensors.setdefault(name, {"shape": list(shape), "dtype": code, "runs": []})
+            entry["runs"].append([part["file"], start, stop, checksums])
+    for name, entry in tensors.items():
         entry["runs"].sort(key=lambda run: run[1])
         at, numel = 0, Span(torch.empty(0), 0, tuple(entry["shape"])).numel
-        for _, start, stop in entry["runs"]:
+        for _, start, stop, _ in entry["runs"]:
             if start != at:
                 break
             at = stop
         if at != numel:
             raise CheckpointError(
-                f"the workers' pieces of {name} do not make up its {numel} elements: {entry['runs'][:4]}",
+                f"the workers' pieces of {name} do not make up its {numel} elements: "
+                f"{[run[:3] for run in entry['runs'][:4]]}",
                 ["report this with the recipe; it should not happen"],
             )
-    paths.write_json(paths.join(folder, INDEX), index)
+    return json.dumps({"block": BLOCK, "files": files, "tensors": tensors}).encode()
 
 
-def read_index(folder: str) -> dict[str, Stored]:
-    """Every tensor of a checkpoint by name."""
+def parse_index(text: bytes) -> dict[str, Stored]:
+    """Every tensor of a checkpoint by name, from its ``index.json``."""
+    index = json.loads(text)
+
+    def run(file: str, start: int, stop: int, checksums: list[int]) -> Run:
+        size, header = index["files"][file]["header"]
+        return Run(file, start, stop, (size, header), index["block"], tuple(checksums))
+
     return {
-        name: Stored(
-            tuple(entry["shape"]),
-            DTYPES[entry["dtype"]],
-            tuple((file, start, stop) for file, start, stop in entry["runs"]),
-        )
-        for name, entry in paths.read_json(paths.join(folder, INDEX)).items()
+        name: Stored(tuple(entry["shape"]), DTYPES[entry["dtype"]], tuple(run(*one) for one in entry["runs"]))
+        for name, entry in index["tensors"].items()
     }
 
 
+def read_index(folder: str) -> dict[str, Stored]:
+    """`parse_index` of a folder's, unchecked; of a checkpoint, take `checkpoint.index`."""
+    return parse_index(paths.read_bytes(paths.join(folder, INDEX)))
+
+
 def read(folder: str, index: Mapping[str, Stored], spans: Mapping[str, Span]) -> None:
-    """Fill spans in place, whatever cut they were written in; values are converted to each span's element type."""
-    wanted: dict[str, list[tuple[str, int, int]]] = {}
+    """Fill spans in place, whatever cut they were written in; values are converted to each span's element type.
+
+    Raises:
+        Damaged: bytes are missing or are not those that were written. Spans may be filled in part.
+        OSError: storage failed, after several attempts.
+    """
+    wanted: dict[str, list[tuple[str, Run]]] = {}
     for name, span in spans.items():
-        for file, start, stop in index[name].runs:
-            low, high = max(start, span.start), min(stop, span.stop)
-            if low < high:
-                wanted.setdefault(file, []).append((name, low, high))
+        for run in index[name].runs:
+            if max(run.start, span.start) < min(run.stop, span.stop):
+                wanted.setdefault(run.file, []).append((name, run))
     for file, runs in sorted(wanted.items()):
+        reader = _Reader(folder, file)
+        with reader:
+            size, expected = runs[0][1].header
+            header = json.loads(reader.read(0, size, expected, None)[8:])
+            for name, run in runs:
+                begins = size + header[name]["data_offsets"][0]
+                _fill(spans[name], reader, name, run, index[name].dtype, begins)
+
+
+def _fill(span: Span, reader: _Reader, name: str, run: Run, dtype: torch.dtype, begins: int) -> None:
+    """Fill a span with what one run has of it; `begins` is where the run does, in its file."""
+    low, high = max(run.start, span.start), min(run.stop, span.stop)
+    step = run.block // dtype.itemsize
+    for number in range((low - run.start) // step, -(-(high - run.start) // step)):
+        start = run.start + number * step
+        stop = min(start + step, run.stop)
+        raw = reader.read(begins + number * run.block, (stop - start) * dtype.itemsize, run.checksums[number], name)
+        values = torch.frombuffer(raw, dtype=dtype)
+        first, last = max(start, low), min(stop, high)
+        span.data[first - span.start : last - span.start].copy_(values[first - start : last - start])
+
+
+class _Reader:
+    """Blocks of one file, each checked."""
+
+    def __init__(self, folder: str, file: str) -> None:
+        self._folder, self._file = folder, file
         fs, path = paths.filesystem(paths.join(folder, file))
-        with fs.open_input_file(path) as stream:
-            (length,) = struct.unpack("<Q", stream.read_at(8, 0))
-            header = json.loads(stream.read_at(length, 8))
-            for name, low, high in runs:
-                begins = next(start for at, start, _ in index[name].runs if at == file)
-                first = 8 + length + header[name]["data_offsets"][0]
-                dtype, span = index[name].dtype, spans[name]
-                step = BLOCK // dtype.itemsize
-                for at in range(low, high, step):
-                    end = min(at + step, high)
-                    raw = stream.read_at((end - at) * dtype.itemsize, first + (at - begins) * dtype.itemsize)
-                    values = torch.frombuffer(bytearray(raw), dtype=dtype)
-                    span.data[at - span.start : end - span.start].copy_(values)
+        try:
+            self._stream = patiently(lambda: fs.open_input_file(path))
+        except FileNotFoundError:
+            raise self._damaged("is missing", None, None) from None
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def read(self, offset: int, size: int, expected: int, tensor: str | None) -> bytearray:
+        for _ in range(2):  # a second time before it is called damaged: a bit may have tipped on the way here
+            raw = bytearray(patiently(lambda: self._stream.read_at(size, offset)))
+            if len(raw) == size and checksum(raw) == expected:
+                return raw
+        if len(raw) < size:
+            raise self._damaged(f"ends at byte {offset + len(raw)}, {offset + size} are needed", tensor, offset)
+        raise self._damaged(
+            f"has other bytes than were written: checksum {checksum(raw):08x} instead of {expected:08x} "
+            f"of the {size} bytes from byte {offset}",
+            tensor,
+            offset,
+        )
+
+    def _damaged(self, what: str, tensor: str | None, offset: int | None) -> Damaged:
+        where = "" if tensor is None else f", in {tensor}"
+        return Damaged(
+            f"{paths.join(self._folder, self._file)} {what}{where}",
+            ["train again: it is set aside, and the checkpoint before it is used"],
+            self._file,
+            tensor,
+            offset,
+        )

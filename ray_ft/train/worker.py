@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +12,9 @@ from typing import Any
 import torch
 
 from ray_ft import paths
-from ray_ft.data.order import Order
+from ray_ft.data.identity import explain
+from ray_ft.data.ledger import Ledger
+from ray_ft.data.order import ORDER, Order
 from ray_ft.data.prepare import Prepared, Split
 from ray_ft.data.stream import Batch, ahead
 from ray_ft.errors import CheckpointError
@@ -21,8 +25,10 @@ from ray_ft.recipe import Recipe
 from ray_ft.span import Span
 from ray_ft.strategy import Layout, Strategy, make
 from ray_ft.train import checkpoint, optim, rounding
-from ray_ft.train.loop import Link, train
+from ray_ft.train.keeper import Keeper
+from ray_ft.train.loop import Ask, Link, train
 from ray_ft.train.metrics import Meter
+from ray_ft.train.saver import Saver
 from ray_ft.train.schedule import total_steps
 
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -51,21 +57,16 @@ class Job:
             CheckpointError: it belongs to other data or another batch size, so its position means other rows.
         """
         found = checkpoint.newest(self.recipe.run.dir.checkpoints)
-        if found:
-            for key, value in self.identity().items():
-                about_data = key == "data.train"
-                if (before := found.state.get(key)) != value:
-                    raise CheckpointError(
-                        f"{found.location} was written with {key} = {before!r}, the recipe now has {value!r}",
-                        [
-                            "train under another run.name",
-                            f"or set {key} back to continue this run",
-                            *(
-                                ["data.train stands for files, formats, seq_len, packing and tokenizer together"]
-                                * about_data
-                            ),
-                        ],
-                    )
+        for key, value in self.identity().items() if found else ():
+            assert found is not None
+            if (before := found.state.get(key)) == value:
+                continue
+            ways = ["train under another run.name", f"or set {key} back to continue this run"]
+            if key == "data.train":
+                ways += explain(self.recipe.run.storage, str(before), value)
+            raise CheckpointError(
+                f"{found.location} was written with {key} = {before!r}, the recipe now has {value!r}", ways
+            )
         return found
 
     def identity(self) -> dict[str, Any]:
@@ -81,6 +82,8 @@ class Job:
             "train.global_batch": self.recipe.train.global_batch,
             "run.seed": self.recipe.run.seed,
             "data.shuffle": self.recipe.data.shuffle,
+            "data.weights": [source.weight for source in self.recipe.data.train],
+            "order": ORDER,
             "data.shuffle_window": self.recipe.data.shuffle_window,
         }
 
@@ -89,10 +92,33 @@ class Job:
 BatchesFrom = Callable[[Order, int, int], Iterable[Batch]]
 
 
-def run(job: Job, layout: Layout, batches_from: BatchesFrom, link: Link) -> int:
-    """Build everything, resume where the run stands, train to the end. Returns the steps finished."""
+class Restart(Exception):
+    """This start of the workers is over, so that another can begin where the run stands; not a failure.
+
+    Args:
+        why: for people.
+        preempted: whether a worker had to go.
+    """
+
+    def __init__(self, why: str, preempted: bool = False) -> None:
+        super().__init__(why, preempted)
+        self.why, self.preempted = why, preempted
+
+    def __str__(self) -> str:
+        return self.why
+
+
+def run(job: Job, layout: Layout, batches_from: BatchesFrom, link: Link, leaving: Callable[[], bool] = bool) -> int:
+    """Build everything, resume where the run stands, train to the end. Returns the steps finished.
+
+    Args:
+        leaving: says whether this worker was told to go.
+
+    Raises:
+        Restart: the workers are wanted anew: they were asked for it, one has to go, or the checkpoint proved damaged.
+    """
     recipe = job.recipe
-    if layout.device.type == "cpu" and recipe.train.workers:
+    if layout.device.type == "cpu" and not recipe.train.in_process:
         # Without a limit every worker would start as many threads as the machine has cores.
         torch.set_num_threads(max(int(recipe.train.cpus_per_worker), 1))
     if layout.device.type == "cuda":
@@ -110,24 +136,76 @@ def run(job: Job, layout: Layout, batches_from: BatchesFrom, link: Link) -> int:
     # Ray Data takes seconds to deliver its first rows; the model is built meanwhile.
     batches = ahead(batches_from(order, start, total))
 
+    began = time.monotonic()
     built = build(recipe, layout)
     strategy = built.strategy
     if layout.rank == 0:
         for line in built.lines:
             link.say(line)
-
-    def save(step: int) -> None:
-        folder = recipe.run.dir.checkpoints
-        details = {"recipe_sha256": recipe.sha256, "world_size": layout.world, **job.identity()}
-        checkpoint.save(folder, step, state(strategy), details, layout.rank, layout.world)
-        if layout.rank == 0:
-            checkpoint.retain(folder, recipe.train.checkpoint.keep)
-
     if found:
+        restore(found, strategy, link)
+    if layout.rank == 0:
+        link.begin(start, layout.world, time.monotonic() - began)
+
+    with closing(
+        Saver(
+            recipe.run.dir.checkpoints,
+            recipe.train.checkpoint.keep,
+            layout.rank,
+            layout.world,
+            {"recipe_sha256": recipe.sha256, "world_size": layout.world, **job.identity()},
+            recipe.train.checkpoint.background,
+            link.say,
+            recipe.run.dir.at("ledger"),
+            found.step if found else None,
+        )
+    ) as saver:
+        ledger = Ledger() if recipe.data.ledger else None
+        keeper = Keeper(saver, partial(state, strategy), partial(sum_over_workers, strategy), ledger)
+        meter = Meter(layout, built.flops_per_token)
+        finished, asked = train(strategy, batches, order, held_out, recipe.train, start, total, keeper, link, meter)
+    if asked is Ask.RESTART:
+        if sum_over_workers(strategy, torch.tensor(float(leaving()))).item():
+            raise Restart(f"a worker was told to go; saved at step {finished}", preempted=True)
+        raise Restart(f"there is room for more workers; saved at step {finished}")
+    return finished
+
+
+def restore(found: checkpoint.Found, strategy: Strategy, link: Link) -> None:
+    """Fill the strategy from a checkpoint; one that proves damaged is set aside.
+
+    Raises:
+        Restart: it was, so the run stands elsewhere now.
+    """
+    damage = ""
+    try:
         checkpoint.restore(found.location, state(strategy))
-        strategy.restored()
-    meter = Meter(layout, built.flops_per_token)
-    return train(strategy, batches, order, held_out, recipe.train, start, total, save, link, meter)
+    except checkpoint.Damaged as error:
+        damage = error.what
+    rank = strategy.layout.rank
+    damages = said_by_all(strategy, damage)
+    if any(damages):
+        why = next(text for text in damages if text)
+        if rank == 0:
+            aside = checkpoint.set_aside(found.location, why)
+            link.say(f"set aside {aside}: {why}")
+        said_by_all(strategy, "")  # nobody looks for the newest before it has another name
+        raise Restart(f"the checkpoint of step {found.step} is damaged")
+    strategy.restored()
+
+
+def sum_over_workers(strategy: Strategy, values: torch.Tensor) -> torch.Tensor:
+    """Of a tensor in host memory, through the device that the workers talk over."""
+    return strategy.all_reduce(values.to(strategy.layout.device)).cpu()
+
+
+def said_by_all(strategy: Strategy, text: str) -> list[str]:
+    """What every worker said, by rank."""
+    if strategy.layout.world == 1:
+        return [text]
+    said: list[str] = [""] * strategy.layout.world
+    torch.distributed.all_gather_object(said, text)
+    return said
 
 
 @dataclass(frozen=True)

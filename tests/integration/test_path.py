@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from rich.console import Console
 
 from ray_ft import evaluate, paths, session
 from ray_ft import recipe as recipe_module
-from ray_ft.data import stream
+from ray_ft.data import ledger, stream
 from ray_ft.data.prepare import prepare
 from ray_ft.demo import PROMPT, DemoPaths
 from ray_ft.errors import CheckpointError, DataError, ExportError, ModelError, ResourceError
@@ -128,6 +129,38 @@ def test_a_run_in_two_parts_ends_as_one_in_one(trained: Recipe, make: Make, view
     np.testing.assert_allclose(losses(rest), losses(whole), rtol=2e-5)
 
 
+def test_killed_and_preempted_workers_cost_no_row_and_change_no_loss(
+    ray_cluster: None, make: Make, view: View, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"train.max_steps": 60, "data.ledger": True, "train.failures.max_failures": 1}
+    alone = make(**on_ray(name="undisturbed", **settings, **{"train.workers": 0, "train.strategy": "none"}))
+    launch.train(alone, view)
+    recipe = make(**on_ray(name="disturbed", **settings))
+    said: list[str] = []
+    monkeypatch.setattr(view, "line", said.append)
+
+    def disturb() -> None:
+        for times, (step, number) in enumerate(((5, signal.SIGKILL), (20, signal.SIGTERM)), start=1):
+            while (read_metrics(recipe.run.dir) or [{"step": 0}])[-1]["step"] < step:
+                time.sleep(0.02)
+            children = psutil.Process().children(recursive=True)
+            [process for process in children if "RayTrainWorker" in " ".join(process.cmdline())][-1].send_signal(number)
+            while sum("training goes on" in line for line in said) < times:
+                time.sleep(0.02)
+
+    disturbing = threading.Thread(target=disturb, daemon=True)
+    disturbing.start()
+    assert launch.train(recipe, view).complete
+    disturbing.join(1)
+
+    assert any("died; failure 1 of 1" in line for line in said)
+    assert any("a worker was told to go; saved at step" in line and "preemption 1" in line for line in said)
+    assert [row["step"] for row in read_metrics(recipe.run.dir)] == list(range(1, 61))
+    np.testing.assert_allclose(losses(recipe), losses(alone), rtol=2e-5)
+    used, expected = (ledger.read(one.run.dir) for one in (recipe, alone))
+    assert used == expected and list(used) == list(range(1, 61))
+
+
 def test_ray_data_prepares_the_same_rows_as_one_process(ray_cluster: None, make: Make, tmp_path: Path) -> None:
     parts = []
     for name, spread in (("ray", stream.spread), ("here", stream.in_process)):
@@ -179,15 +212,12 @@ def damage(run: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None
     """Rewrite the newest checkpoint's weights."""
     found = checkpoint.newest(str(run / "checkpoints"))
     assert found is not None
-    index = shards.read_index(found.location)
+    index = checkpoint.index(found.location)
     tensors = {key: torch.empty(stored.shape, dtype=stored.dtype) for key, stored in index.items()}
     spans = {key: Span.whole(tensor) for key, tensor in tensors.items()}
     checkpoint.restore(found.location, spans)
     change({key.removeprefix("model/"): tensor for key, tensor in tensors.items() if key.startswith("model/")})
-    shards.write_index(found.location, [shards.write(found.location, 0, spans)])
-    files = {entry: os.path.getsize(os.path.join(found.location, entry)) for entry in os.listdir(found.location)}
-    files.pop("COMMITTED")
-    paths.write_json(os.path.join(found.location, "COMMITTED"), {"files": files})
+    checkpoint.commit(found.location, found.step, [shards.write(found.location, 0, spans)], found.state)
 
 
 def test_export_refuses_weights_that_are_not_finite(copied: Path, view: View) -> None:

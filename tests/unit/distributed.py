@@ -27,6 +27,7 @@ from ray_ft.demo import PROMPT, DemoPaths
 from ray_ft.recipe import Recipe
 from ray_ft.strategy import Layout, Strategy
 from ray_ft.train import worker
+from ray_ft.train.loop import Ask
 
 # ------------------------------------------------------------------------------------------------------- processes
 
@@ -162,7 +163,11 @@ class FakeLink:
     stop_after: int | None = None
     rows: list[dict[str, float]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
-    asked: int = 0
+    began: list[tuple[int, int]] = field(default_factory=list)
+    questions: int = 0
+
+    def begin(self, step: int, workers: int, model_seconds: float) -> None:
+        self.began.append((step, workers))
 
     def say(self, line: str) -> None:
         self.lines.append(line)
@@ -170,9 +175,9 @@ class FakeLink:
     def log(self, row: dict[str, float]) -> None:
         self.rows.append(row)
 
-    def stop_requested(self) -> bool:
-        self.asked += 1
-        return self.asked == self.stop_after
+    def asked(self) -> Ask:
+        self.questions += 1
+        return Ask.STOP if self.questions == self.stop_after else Ask.NOTHING
 
     @property
     def losses(self) -> list[float]:
@@ -198,3 +203,22 @@ def run_jobs(
 ) -> list[tuple[int, list[dict[str, float]]]]:
     """`run_job` for several (job, stop_after), one after the other."""
     return [run_job(rank, world, job, stop_after) for job, stop_after in jobs]
+
+
+class KeepNothing:
+    """Stands in for `keeper.Keeper` where a test wants no checkpoints."""
+
+    def signals(self) -> tuple[float, ...]:
+        return ()
+
+    def advance(self, sums: list[float]) -> None:
+        assert sums == []
+
+    def used(self, step: int, batch: Any) -> None:
+        pass
+
+    def save(self, step: int, wait: bool) -> None:
+        pass
+
+    def check(self, step: int, needed: bool) -> None:
+        pass

@@ -227,7 +227,7 @@ def train_adapters(rank: int, world: int, demo: DemoPaths) -> dict[tuple[str, st
             ids = rng.integers(6, 40, (recipe.train.global_batch, 64)).astype(np.int32)
             rows = pack.Rows(ids, np.full(ids.shape, pack.REAL | pack.TRAINED, np.uint8))
             mine = Batch(0, rows.take(slice(rank * share, (rank + 1) * share)))
-            losses.append(loop.train_step(built, mine, recipe.train, 0.02, stop=False).loss)
+            losses.append(loop.train_step(built, mine, recipe.train, 0.02).loss)
         own = {name: tensor for name, tensor in weights(built).items() if adapter.stored_name(name) is None}
         found[kind, strategy] = losses, own
     return found

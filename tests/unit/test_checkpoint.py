@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ import torch
 from distributed import recipe_of, run, run_job, run_jobs
 from rich.console import Console
 
-from ray_ft import paths
+from ray_ft import paths, retry
 from ray_ft.data import stream
 from ray_ft.demo import DemoPaths
-from ray_ft.errors import CheckpointError
+from ray_ft.errors import CheckpointError, StorageError
 from ray_ft.span import Span
 from ray_ft.train import checkpoint, launch, shards, worker
 from ray_ft.train.metrics import read_metrics
@@ -96,15 +97,21 @@ def test_training_goes_on_under_another_strategy_and_number_of_workers_as_if_not
         assert rows[-1]["eval_loss"] == pytest.approx(expected[-1]["eval_loss"], rel=2e-5), leg
 
         # The optimizer's moments, tensor by tensor: whoever wrote them, they are the same.
-        ends = [f"{tmp_path}/{run}/checkpoints/{checkpoint.name(STEPS)}" for run in (f"{optimizer}-whole", names[at])]
-        expected_tensors, tensors = (read_all(end) for end in ends)
+        ends = [at_step(tmp_path / run / "checkpoints", STEPS) for run in (f"{optimizer}-whole", names[at])]
+        expected_tensors, tensors = (read_all(str(end)) for end in ends)
         assert tensors.keys() == expected_tensors.keys()
         for key, tensor in tensors.items():
             torch.testing.assert_close(tensor, expected_tensors[key], rtol=1e-3, atol=1e-4, msg=f"{leg}: {key}")
 
 
+def at_step(folder: Path, step: int) -> Path:
+    """The one committed checkpoint of a step."""
+    [location] = [location for found, location in checkpoint.committed(str(folder)) if found == step]
+    return Path(location)
+
+
 def read_all(location: str) -> dict[str, torch.Tensor]:
-    index = shards.read_index(location)
+    index = checkpoint.index(location)
     tensors = {key: torch.full(stored.shape, float("nan"), dtype=stored.dtype) for key, stored in index.items()}
     checkpoint.restore(location, {key: Span.whole(tensor) for key, tensor in tensors.items()})
     return tensors
@@ -161,33 +168,59 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty marker": (lambda folder: (folder / "COMMITTED").write_text(""), "Expecting value"),
     "cut marker": (lambda folder: (folder / "COMMITTED").write_text('{"files": {"a'), "Unterminated"),
     "other marker": (lambda folder: (folder / "COMMITTED").write_text("[]"), ""),
-    "marker without sizes": (lambda folder: (folder / "COMMITTED").write_text('{"files": null}'), ""),
+    "marker without sizes": (lambda folder: (folder / "COMMITTED").write_text('{"files": null}'), "it lacks what"),
+    "empty file": (lambda folder: os.truncate(folder / "shard_00000.safetensors", 0), "has 0 bytes"),
+    "longer file": (lambda folder: os.truncate(folder / "shard_00000.safetensors", 1 << 24), "has 16777216 bytes"),
+    "flipped marker": (lambda folder: flip(folder / "COMMITTED"), "COMMITTED is not what was written"),
+    "flipped index": (lambda folder: flip(folder / "index.json"), "index.json has other bytes"),
+    "flipped state": (lambda folder: flip(folder / "state.json"), "state.json has other bytes"),
+    "another index": (lambda folder: same_size(folder / "index.json"), "index.json has other bytes"),
+    "another state": (lambda folder: same_size(folder / "state.json"), "state.json has other bytes"),
+    "edited marker": (lambda folder: edit(folder / "COMMITTED", b'"bytes": ', b'"bytes": 1'), "its checksum does not"),
 }
+
+
+def flip(file: Path, at: int | None = None) -> None:
+    """Another bit in the middle, or at `at`."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 if at is None else at] ^= 1
+    file.write_bytes(content)
+
+
+def same_size(file: Path) -> None:
+    """Good JSON of the same length that says something else."""
+    file.write_bytes(b"{}" + b" " * (file.stat().st_size - 2))
+
+
+def edit(file: Path, old: bytes, new: bytes) -> None:
+    file.write_bytes(file.read_bytes().replace(old, new, 1))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_broken_checkpoint_is_set_aside_by_name_and_the_one_before_it_is_used(damage: str, copied: Path) -> None:
     folder = folder_of(copied)
     (do, named) = DAMAGES[damage]
-    do(folder / checkpoint.name(6))
+    last = at_step(folder, 6)
+    do(last)
     found = checkpoint.newest(str(folder))  # only looking: nothing is renamed
     assert found is not None and found.step == 4
-    assert (folder / checkpoint.name(6)).exists()
+    assert last.exists()
     told: list[tuple[str, str]] = []
     found = checkpoint.newest(str(folder), on_broken=lambda location, why: told.append((location, why)))
     assert found is not None and found.step == 4
     [(location, why)] = told
-    assert location == str(folder / f"{checkpoint.name(6)}.broken")
-    assert os.path.isdir(location)
-    assert named in why
+    assert location == f"{last}.broken"
+    assert (Path(location) / "WHY").read_text() == why + "\n"
+    assert str(last) in why and named in why
     assert checkpoint.steps(str(folder)) == [2, 4]
 
 
 def test_a_second_broken_checkpoint_of_a_step_replaces_none_that_was_set_aside(copied: Path) -> None:
     folder = folder_of(copied)
+    last = at_step(folder, 6)
     for _ in range(2):
-        shutil.copytree(folder / checkpoint.name(4), folder / checkpoint.name(6), dirs_exist_ok=True)
-        truncate(folder / checkpoint.name(6))
+        shutil.copytree(at_step(folder, 4), last, dirs_exist_ok=True)
+        truncate(last)
         checkpoint.newest(str(folder), on_broken=lambda location, why: None)
     assert len(list(folder.glob("*.broken*"))) == 2
 
@@ -196,30 +229,40 @@ def test_after_damage_the_run_ends_as_it_had_ended(
     demo: DemoPaths, trained: tuple[Path, list[float]], copied: Path
 ) -> None:
     job = job_of(demo, copied, "train.checkpoint={every: 2, keep: 9}")
-    truncate(folder_of(copied) / checkpoint.name(6))
-    (folder_of(copied) / checkpoint.name(4) / "COMMITTED").unlink()  # killed while saving
+    truncate(last := at_step(folder_of(copied), 6))
+    (unfinished := at_step(folder_of(copied), 4)).joinpath("COMMITTED").unlink()  # killed while saving
     lines: list[str] = []
     view = View(Console(quiet=True))
     view.line = lines.append  # type: ignore[method-assign]
     outcome = launch.train(job.recipe, view)
     assert outcome.finished == STEPS
-    assert any("set aside" in line and f"{checkpoint.name(6)}.broken" in line for line in lines)
+    assert any("set aside" in line and f"{last}.broken" in line for line in lines)
     assert any("resuming run at step 2 of 6" in line for line in lines)
     losses = [row["loss"] for row in read_metrics(job.recipe.run.dir)]
     assert losses[-4:] == trained[1][-4:]
     assert checkpoint.steps(str(folder_of(copied))) == [2, 4, 6]
+    assert not unfinished.exists()  # what never counted is tidied up once there is something newer
 
 
-def test_another_versions_checkpoint_is_refused_and_left_where_it_is(demo: DemoPaths, copied: Path) -> None:
-    folder = folder_of(copied) / checkpoint.name(6)
-    state = json.loads((folder / "state.json").read_text())
-    text = json.dumps({**state, "format": 1})
-    (folder / "state.json").write_text(text)
-    listing = json.loads((folder / "COMMITTED").read_text())
-    listing["files"]["state.json"] = len(text)
-    (folder / "COMMITTED").write_text(json.dumps(listing))
-    with pytest.raises(CheckpointError, match="is in format 1, this version reads 2"):
+@pytest.mark.parametrize("form", [1, 2, 4])
+def test_another_versions_checkpoint_is_refused_and_left_where_it_is(
+    demo: DemoPaths, copied: Path, monkeypatch: pytest.MonkeyPatch, form: int
+) -> None:
+    folder = at_step(folder_of(copied), 6)
+    if form < checkpoint.FORMAT:  # as version 2 and before had it: sizes alone
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps({**state, "format": form}))
+        sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.name != "COMMITTED"}
+        (folder / "COMMITTED").write_text(json.dumps({"files": sizes}))
+    else:
+        monkeypatch.setattr(checkpoint, "FORMAT", form)
+        parts: Any = []
+        checkpoint.commit(str(folder), 6, parts, {})
+        monkeypatch.undo()
+    with pytest.raises(checkpoint.OtherFormat, match=f"is in format {form}, this version reads 3"):
         job_of(demo, copied, "train.checkpoint={every: 2, keep: 9}")
+    with pytest.raises(checkpoint.OtherFormat):
+        checkpoint.restore(str(folder), {})
     assert checkpoint.steps(str(folder_of(copied))) == [2, 4, 6]
 
 
@@ -228,8 +271,8 @@ def test_a_shard_that_does_not_reach_the_storage_stops_the_commit(
 ) -> None:  # such as a local folder where workers are on several machines
     real = shards.write
 
-    def elsewhere(folder: str, rank: int, spans: Any) -> Any:
-        return real(str(tmp_path / "elsewhere"), rank, spans)
+    def elsewhere(folder: str, *args: Any) -> Any:
+        return real(str(tmp_path / "elsewhere"), *args)
 
     monkeypatch.setattr(shards, "write", elsewhere)
     with pytest.raises(CheckpointError, match=r"lacks shard_00000\.safetensors, which other workers wrote"):
@@ -239,25 +282,105 @@ def test_a_shard_that_does_not_reach_the_storage_stops_the_commit(
 
 def test_uncommitted_checkpoints_do_not_count(copied: Path) -> None:
     folder = folder_of(copied)
-    (folder / checkpoint.name(6) / "COMMITTED").unlink()
+    (at_step(folder, 6) / "COMMITTED").unlink()
     found = checkpoint.newest(str(folder), on_broken=lambda location, why: pytest.fail("it is not broken"))
     assert found is not None and found.step == 4
     assert checkpoint.newest(str(folder / "nothing")) is None
 
 
 def test_the_marker_is_written_last_and_lists_all_files(copied: Path) -> None:
-    folder = folder_of(copied) / checkpoint.name(6)
+    folder = at_step(folder_of(copied), 6)
     listing = json.loads((folder / "COMMITTED").read_text())["files"]
     files = {file.name: file.stat() for file in folder.iterdir()}
     marker = files.pop("COMMITTED")
-    assert listing == {name: stat.st_size for name, stat in files.items()}
+    assert {name: facts["bytes"] for name, facts in listing.items()} == {n: stat.st_size for n, stat in files.items()}
+    assert {name for name, facts in listing.items() if "checksum" in facts} == {"index.json", "state.json"}
     assert all(stat.st_mtime_ns <= marker.st_mtime_ns for stat in files.values())
 
 
 def test_only_the_newest_are_kept(demo: DemoPaths, tmp_path: Path, trained: tuple[Path, list[float]]) -> None:
     run_job(0, 1, job_of(demo, tmp_path, "train.checkpoint={every: 1, keep: 2}"))
-    assert sorted(os.listdir(folder_of(tmp_path))) == [checkpoint.name(5), checkpoint.name(6)]
+    assert [step for step, _ in checkpoint.folders(str(folder_of(tmp_path)))] == [5, 6]
+    assert len(os.listdir(folder_of(tmp_path))) == 2
     assert checkpoint.steps(str(folder_of(trained[0]))) == [2, 4, 6]
+
+
+# ------------------------------------------------------------------------------------------- bytes that are not read
+
+
+def test_every_region_of_a_shard_is_checked_as_it_is_read_and_damage_costs_one_checkpoint(copied: Path) -> None:
+    folder = folder_of(copied)
+    last = at_step(folder, 6)
+    tensors = read_all(str(last))
+    file = last / "shard_00000.safetensors"
+    size = file.stat().st_size
+    header = checkpoint.index(str(last))[next(iter(tensors))].runs[0].header[0]
+    for place in (0, 9, header - 1, header, header + 1000, size // 2, size - 1):
+        flip(file, place)
+        found = checkpoint.newest(str(folder))
+        assert found is not None and found.step == 6  # to read gigabytes before each resume would take minutes
+        with pytest.raises(checkpoint.Damaged, match="has other bytes than were written") as caught:
+            read_all(str(last))
+        error = caught.value
+        assert error.file == file.name and str(file) in error.what
+        assert (error.tensor is None) == (place < header)
+        assert error.tensor is None or error.tensor in error.what
+        assert error.offset is not None and error.offset <= place < error.offset + shards.BLOCK
+        flip(file, place)
+    for key, tensor in read_all(str(last)).items():
+        assert torch.equal(tensor, tensors[key])
+
+    flip(file, size - 1)
+    aside = checkpoint.set_aside(str(last), "what restore said")
+    assert aside == f"{last}.broken" and checkpoint.steps(str(folder)) == [2, 4]
+    found = checkpoint.newest(str(folder))
+    assert found is not None and found.step == 4
+    read_all(found.location)
+
+
+def test_storage_that_does_not_answer_is_no_broken_checkpoint(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.001)
+    folder = folder_of(copied)
+    location = str(at_step(folder, 6))
+    tensors = {key: Span.whole(tensor) for key, tensor in read_all(location).items()}
+    real, calls = paths.filesystem, []
+
+    def fails(times: int) -> Any:
+        calls.clear()
+
+        def filesystem(place: str) -> Any:
+            calls.append(place)
+            if len(calls) <= times:
+                raise OSError("AWS Error SLOW_DOWN during GetObject operation: HTTP status 503")
+            return real(place)
+
+        return filesystem
+
+    told: list[str] = []
+    for times, answered in ((3, True), (10**6, False)):
+        monkeypatch.setattr(paths, "filesystem", fails(times))
+        if answered:
+            found = checkpoint.newest(str(folder), on_broken=lambda location, why: told.append(why))
+            assert found is not None and found.step == 6
+            continue
+        with pytest.raises(StorageError, match="SLOW_DOWN") as caught:
+            checkpoint.newest(str(folder), on_broken=lambda location, why: told.append(why))
+        assert str(folder) in str(caught.value) and len(calls) == retry.ATTEMPTS
+        with pytest.raises(StorageError, match="SLOW_DOWN"):
+            checkpoint.restore(location, tensors)
+    monkeypatch.setattr(paths, "filesystem", real)
+    assert told == [] and checkpoint.steps(str(folder)) == [2, 4, 6]
+
+
+def test_what_no_waiting_mends_is_not_waited_for(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(location: str) -> bytes:
+        raise PermissionError(13, "Permission denied", location)
+
+    monkeypatch.setattr(paths, "read_bytes", refused)
+    began = time.monotonic()
+    with pytest.raises(StorageError, match="Permission denied"):
+        checkpoint.newest(str(folder_of(copied)), on_broken=lambda location, why: pytest.fail("it is not broken"))
+    assert time.monotonic() - began < 0.4  # less than the first wait
 
 
 # ------------------------------------------------------------------------------------------------ what may not change
@@ -285,7 +408,7 @@ def test_what_would_give_steps_another_meaning_is_refused(
 
 
 def test_another_width_of_the_model_is_refused_by_name(copied: Path) -> None:
-    location = str(folder_of(copied) / checkpoint.name(6))
+    location = str(at_step(folder_of(copied), 6))
     spans = {key: Span.whole(tensor) for key, tensor in read_all(location).items()}
     name = next(key for key in spans if key.endswith("q_proj.weight"))
     with pytest.raises(CheckpointError, match="does not fit this recipe") as caught:
@@ -359,14 +482,15 @@ def test_a_whole_run_on_s3_stops_resumes_and_ends_as_on_a_disk(
     assert paths.exists(recipe.run.dir.recipe) and paths.exists(recipe.run.dir.stats)
 
     # A broken one on an object store, where files cannot be renamed in place.
-    last = paths.join(folder, checkpoint.name(6))
+    [(_, _), (_, last)] = checkpoint.committed(folder)
     paths.write_bytes(paths.join(last, "shard_00000.safetensors"), b"cut")
     told: list[str] = []
     found = checkpoint.newest(folder, on_broken=lambda location, why: told.append(f"{location}: {why}"))
     assert found is not None and found.step == 4
-    assert told == [f"{last}.broken: shard_00000.safetensors has 3 bytes, {size_of(f'{last}.broken')} were committed"]
+    was = f"{last}/shard_00000.safetensors has 3 bytes, {size_of(f'{last}.broken')} were committed"
+    assert told == [f"{last}.broken: {was}"]
     assert checkpoint.steps(folder) == [4]
 
 
 def size_of(location: str) -> int:
-    return paths.read_json(paths.join(location, "COMMITTED"))["files"]["shard_00000.safetensors"]
+    return paths.read_json(paths.join(location, "COMMITTED"))["files"]["shard_00000.safetensors"]["bytes"]

@@ -21,7 +21,7 @@ from ray_ft.export import export, proof
 from ray_ft.model import adapter, quantize
 from ray_ft.recipe import Recipe
 from ray_ft.span import Span
-from ray_ft.train import checkpoint, launch, shards
+from ray_ft.train import checkpoint, launch
 from ray_ft.trained import Trained
 
 IDS = torch.arange(6, 46)[None]
@@ -87,7 +87,7 @@ def test_an_export_is_the_base_with_the_adapter_merged_into_it(
     own = {name for name in names if adapter.stored_name(name) is None}
     assert len(own) == targets * (3 if settings["name"] == "dora" else 2)
     assert len(names - own) == (2 if overrides else 0)
-    stored = {key.split("/")[1] for key in shards.read_index(found.found.location)}
+    stored = {key.split("/")[1] for key in checkpoint.index(found.found.location)}
     assert stored == names  # neither weights nor optimizer state of anything else
 
     manifest = export(recipe.run.dir.root, Quiet())
@@ -130,11 +130,12 @@ def rewritten(recipe: Recipe, to: Path, change: Any) -> str:
     """A copy of a run, its checkpoint's tensors passed through ``change(key, tensor)``; None leaves one out."""
     run = copy_of(recipe, to)
     found = Trained.of(run)
-    tensors = {key: torch.empty(stored.shape) for key, stored in shards.read_index(found.found.location).items()}
+    tensors = {key: torch.empty(stored.shape) for key, stored in checkpoint.index(found.found.location).items()}
     checkpoint.restore(found.found.location, {key: Span.whole(tensor) for key, tensor in tensors.items()})
     kept = {key: new for key, tensor in tensors.items() if (new := change(key, tensor)) is not None}
     state = {key: value for key, value in found.found.state.items() if key not in ("format", "step")}
     folder = found.run.checkpoints
+    paths.delete_dir(found.found.location)
     checkpoint.save(folder, found.found.step, {key: Span.whole(t) for key, t in kept.items()}, state, 0, 1)
     return run
 

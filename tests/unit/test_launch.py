@@ -19,7 +19,7 @@ from ray_ft import paths, recipe
 from ray_ft.data.stream import in_process
 from ray_ft.demo import DemoPaths
 from ray_ft.errors import CheckpointError, ResourceError, StorageError, TrainingError
-from ray_ft.train import checkpoint, launch, loop
+from ray_ft.train import checkpoint, cluster, launch, loop
 from ray_ft.train.metrics import MetricsLog, read_metrics
 from ray_ft.view import View
 
@@ -98,8 +98,9 @@ def at_step(step: int, action: Callable[[], Any], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(loop, "train_step", train_step)
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_the_next_call_ends_as_if_undisturbed(
-    demo: DemoPaths, tmp_path: Path, shown: Record, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("told_by", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_leave_a_checkpoint_and_the_next_call_ends_as_if_undisturbed(
+    demo: DemoPaths, tmp_path: Path, shown: Record, monkeypatch: pytest.MonkeyPatch, told_by: signal.Signals
 ) -> None:
     view, _out = shown
     options = ["train.max_steps=8", "train.eval_every=8"]
@@ -118,13 +119,13 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_next_call_ends_as_if_undisturbed(
     monkeypatch.setattr(view, "line", line)
 
     def interrupt() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), told_by)
         assert told.wait(10)
 
     with monkeypatch.context() as patch:
         at_step(3, interrupt, patch)
         stopped = launch.train(settings, view)
-    assert not stopped.complete
+    assert not stopped.complete and stopped.signal == told_by
     assert stopped.finished in (3, 4)  # the wish is asked for before a step
     assert checkpoint.steps(settings.run.dir.checkpoints) == [stopped.finished]
     assert not [t for t in threading.enumerate() if t.name == "ray-ft-train" and t.is_alive()]
@@ -201,8 +202,8 @@ def test_the_deliberate_error_is_found_inside_what_wraps_it() -> None:
     ours, group = CheckpointError("ours"), Group("2 workers failed")
     group.worker_failures = {0: RuntimeError("a peer closed the connection"), 1: Wrapped(ours)}
     run = paths.RunDir("/run")
-    assert launch._as_ours(group, run) is ours
-    other = launch._as_ours(RuntimeError("line 1\nline 2"), run)
+    assert cluster._as_ours(group, run) is ours
+    other = cluster._as_ours(RuntimeError("line 1\nline 2"), run)
     assert isinstance(other, TrainingError)
     assert "line 1\n    line 2" in str(other) and "/run/logs" in str(other)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from distributed import FakeLink, build, recipe_of, run, weights
+from distributed import FakeLink, KeepNothing, build, recipe_of, run, weights
 from transformers import AutoModelForCausalLM
 
 from ray_ft.data import stream
@@ -123,7 +123,7 @@ def train_all(rank: int, world: int, demo: DemoPaths, cases: list[tuple[Any, ...
         for step in range(STEPS):
             share = recipe.train.rows_per_worker
             mine = global_batch(step, packing).take(slice(rank * share, (rank + 1) * share))
-            results.append(loop.train_step(strategy, Batch(0, mine), recipe.train, LR, stop=False))
+            results.append(loop.train_step(strategy, Batch(0, mine), recipe.train, LR))
         found.append(([r.loss for r in results], [r.norm for r in results], weights(strategy)))
     return found
 
@@ -177,7 +177,7 @@ def test_the_comparison_notices_leaks_between_documents_and_a_wrong_divisor(
     def first_losses() -> list[float]:
         strategy = build(recipe := recipe_for(demo, "none", 1, 4, True))
         batches = [Batch(0, global_batch(step, True)) for step in range(2)]
-        return [loop.train_step(strategy, batch, recipe.train, LR, stop=False).loss for batch in batches]
+        return [loop.train_step(strategy, batch, recipe.train, LR).loss for batch in batches]
 
     assert first_losses() == pytest.approx(expected[0][:2], rel=1e-5)
     with monkeypatch.context() as patch:  # positions that run on: documents see each other
@@ -204,17 +204,17 @@ def train_on_uneven_rows(rank: int, world: int, demo: DemoPaths) -> list[Any]:
         for step in range(2):
             rows = global_batch(step, False).take(slice(0, SAMPLES))
             mine = rows if rank == 0 else Rows.blank(SAMPLES, SEQ_LEN)
-            result = loop.train_step(strategy, Batch(0, mine), recipe.train, LR, stop=rank == 1 and step == 1)
-        found.append((result.loss, result.tokens, result.stop, weights(strategy)))
+            result = loop.train_step(strategy, Batch(0, mine), recipe.train, LR, notes=[rank == 1 and step == 1, rank])
+        found.append((result.loss, result.tokens, result.notes, weights(strategy)))
     return found
 
 
-def test_a_worker_with_nothing_but_padding_takes_part_and_one_wish_to_stop_reaches_all(demo: DemoPaths) -> None:
+def test_a_worker_with_nothing_but_padding_takes_part_and_one_note_reaches_all(demo: DemoPaths) -> None:
     losses, _, final = reference(demo.base, steps=2)
     tokens = sum(int(sample.trained.sum()) for sample in samples(1))
     for ranks in run(2, train_on_uneven_rows, demo):
-        for loss, counted, stop, found in ranks:
-            assert (loss, counted, stop) == (pytest.approx(losses[1], rel=1e-5), tokens, True)
+        for loss, counted, notes, found in ranks:
+            assert (loss, counted, notes) == (pytest.approx(losses[1], rel=1e-5), tokens, [1.0, 1.0])
             for name, tensor in found.items():
                 torch.testing.assert_close(tensor, final[name], rtol=0, atol=1e-5, msg=name)
 
@@ -248,7 +248,7 @@ def train_into_poison(rank: int, world: int, demo: DemoPaths, prepared: Prepared
 
         strategy.module.model.model.embed_tokens.register_forward_hook(poison)
         try:
-            loop.train(strategy, batches(), order, None, recipe.train, 0, 10, lambda step: None, FakeLink(), METER)
+            loop.train(strategy, batches(), order, None, recipe.train, 0, 10, KeepNothing(), FakeLink(), METER)
         except TrainingError as error:
             after = weights(strategy)
             same = all(torch.equal(after[key], states[-1][key]) for key in after)
@@ -295,7 +295,7 @@ def evaluate_all(rank: int, world: int, demo: DemoPaths, held_out: Prepared, fol
         losses = []
         for step in range(STEPS):
             mine = global_batch(step, True).take(slice(rank * share, (rank + 1) * share))
-            losses.append(loop.train_step(strategy, Batch(0, mine), recipe.train, LR, stop=False).loss)
+            losses.append(loop.train_step(strategy, Batch(0, mine), recipe.train, LR).loss)
             loop.evaluate(strategy, order, 4)
         trained = weights(strategy)
         checkpoint.save(f"{folder}/{name}-{world}", STEPS, worker.state(strategy), {}, rank, world)

@@ -1,0 +1,229 @@
+"""Training on Ray: the workers of a run, started again as long as the recipe's budgets allow.
+
+Ray Train's controller watches the workers and starts them again (see `controller`); this module starts the controller,
+and another one if it dies. Each start of the workers resumes at the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+
+from ray_ft import paths, session
+from ray_ft.data import stream
+from ray_ft.data.order import Order
+from ray_ft.errors import RayFtError, TrainingError
+from ray_ft.recipe import Recipe
+from ray_ft.strategy import Layout
+from ray_ft.train import worker
+from ray_ft.train.board import BoardLink, Message, place
+from ray_ft.train.loop import Ask
+from ray_ft.train.schedule import total_steps
+
+RELAY_SECONDS = 0.25
+
+
+class Watcher(Protocol):
+    """Who started the run."""
+
+    def take(self, messages: list[Message]) -> None:
+        """Take what the workers reported."""
+
+    def stop_requested(self) -> bool:
+        """Whether the run should end after the step under way, with a checkpoint."""
+
+
+def run(job: worker.Job, watcher: Watcher) -> int:
+    """Train on the connected cluster to the end. Returns the steps finished.
+
+    Raises:
+        RayFtError: what a worker raised, or a TrainingError that says how the workers failed.
+    """
+    from ray.exceptions import RayActorError
+
+    from ray_ft.train import controller
+
+    board = place()
+    budget = controller.Budget(job.recipe.train.failures.max_failures, job.recipe.run.dir.checkpoints)
+    try:
+        with _relaying(board, watcher):
+            while True:
+                before = controller.groups()
+                try:
+                    return _fit(job, board)
+                except RayActorError as error:  # of the controller: what happens to workers, it handles itself
+                    if not budget.spend():
+                        raise
+                    why = (str(error).strip().splitlines() or ["?"])[0]
+                    line = f"Ray Train's controller died ({why}); failure {budget}: starting again"
+                    board.push.remote("lost", line)
+                    controller.remove_groups(controller.groups() - before)
+    except Exception as error:
+        raise _as_ours(error, job.recipe.run.dir) from error
+    finally:
+        import ray
+
+        ray.kill(board)
+
+
+def _fit(job: worker.Job, board: Any) -> int:
+    import ray
+    from ray.data import ExecutionOptions
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
+
+    from ray_ft.train.controller import EvenShares, Surroundings, Trainer
+
+    recipe, settings = job.recipe, job.recipe.train
+    cuda = on_gpus(recipe)
+    total = total_steps(recipe, job.order)
+    backend = "nccl" if cuda else "gloo"
+    if cuda and settings.fsdp.cpu_offload:
+        backend = "cpu:gloo,cuda:nccl"  # the norm of gradients that lie in host memory is summed there
+
+    def rows() -> Any:  # called again whenever the workers are started, so it reads where the run stands now
+        found = job.start()
+        start = found.step if found else 0
+        return stream.training_dataset(job.order, start * settings.global_batch, total * settings.global_batch)
+
+    sizes = settings.sizes
+    attempt = f"attempt-{time.time_ns()}"
+    trainer = Trainer(
+        _ray_worker,
+        train_loop_config={"job": job, "board": board, "cuda": cuda},
+        torch_config=TorchConfig(backend=backend, timeout_s=int(settings.failures.collective_seconds)),
+        scaling_config=ScalingConfig(
+            num_workers=sizes[0] if len(sizes) == 1 else (sizes[0], sizes[-1]),
+            use_gpu=cuda,
+            resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if cuda else {})},
+            elastic_resize_monitor_interval_s=settings.failures.grow_seconds,
+        ),
+        # Ray's own snapshots are not needed to resume and stop a run when they are damaged, so each start has new ones.
+        run_config=RunConfig(
+            name=attempt,
+            storage_path=recipe.run.dir.at("ray"),
+            failure_config=FailureConfig(max_failures=settings.failures.max_failures),
+            callbacks=[Surroundings()],
+        ),
+        datasets={"train": rows},
+        dataset_config=EvenShares(
+            settings.global_batch,
+            datasets_to_split=["train"],
+            execution_options=ExecutionOptions(preserve_order=True),
+        ),
+        sizes=sizes,
+        failures=settings.failures,
+        board=board,
+        checkpoints=recipe.run.dir.checkpoints,
+    )
+    trainer.fit()
+    paths.delete_dir(recipe.run.dir.at("ray", attempt))
+    return ray.get(board.finished.remote())
+
+
+@contextlib.contextmanager
+def _relaying(board: Any, watcher: Watcher) -> Iterator[None]:
+    """Carries messages from the board to the watcher, and its wish to stop to the board, until the block ends."""
+    import ray
+
+    ended = threading.Event()
+    failed: list[BaseException] = []
+
+    def relay() -> None:
+        told = over = False
+        try:
+            while not over:
+                over = ended.wait(RELAY_SECONDS)
+                if watcher.stop_requested() and not told:
+                    board.ask.remote(Ask.STOP)
+                    told = True
+                watcher.take(ray.get(board.take.remote()))
+        except Exception as error:  # nobody sees the run any more: it ends, with a checkpoint
+            failed.append(error)
+            board.ask.remote(Ask.STOP)
+
+    relaying = threading.Thread(target=relay, name="ray-ft-relay", daemon=True)
+    relaying.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        relaying.join(10)
+    if failed:
+        raise failed[0]
+
+
+def on_gpus(recipe: Recipe) -> bool:
+    return recipe.train.device == "cuda" or (recipe.train.device == "auto" and session.gpus() > 0)
+
+
+def compute_dtype(recipe: Recipe, cuda: bool) -> torch.dtype:
+    """Of the forward and backward pass."""
+    name = recipe.model.dtype
+    if name == "auto":
+        name = "bfloat16" if cuda else "float32"
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _as_ours(error: BaseException, run: paths.RunDir) -> BaseException:
+    """The deliberate error inside whatever Ray wrapped around it, if there is one."""
+    from ray_ft.train.controller import causes
+
+    for fault in causes(error):
+        if isinstance(fault, RayFtError):
+            return fault
+    last = str(error).strip().splitlines()[-12:]
+    return TrainingError(
+        "the workers failed:\n    " + "\n    ".join(last),
+        [
+            f"each worker's whole traceback: {run.logs}",
+            "train again to resume at the newest checkpoint",
+            "train.failures.max_failures says how many failures in a row are survived",
+            "train.workers=0 runs the same loop here, for a debugger",
+        ],
+    )
+
+
+def _ray_worker(config: dict[str, Any]) -> None:
+    """The function that Ray Train runs on every worker."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    from ray_ft.train.controller import leaving
+
+    job: worker.Job = config["job"]
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    job = replace(job, recipe=job.recipe.sized(world))
+    device = get_device() if config["cuda"] else torch.device("cpu")
+    nodes = 1
+    if job.recipe.train.fsdp.replicas == "nodes":
+        if config["cuda"]:
+            torch.cuda.set_device(device)  # over which NCCL talks
+        ranks: list[Any] = [None] * world
+        torch.distributed.all_gather_object(ranks, context.get_node_rank())
+        nodes = len(set(ranks))
+    layout = Layout(rank, world, device, compute_dtype(job.recipe, config["cuda"]), nodes)
+
+    def batches(order: Order, start: int, total: int) -> Any:
+        shard, settings = ray.train.get_dataset_shard("train"), job.recipe.train
+        return stream.batches(shard, order, start * settings.global_batch, rank, world, settings.rows_per_worker)
+
+    link = BoardLink(config["board"], rank, leaving)
+    try:
+        worker.run(job, layout, batches, link, leaving)
+        link.flush()
+    except worker.Restart:
+        link.flush()
+        raise
+    except Exception:
+        # Ray shortens tracebacks; the whole one is kept with the run.
+        paths.write_text(job.recipe.run.dir.at("logs", f"worker-{rank}.txt"), traceback.format_exc())
+        raise

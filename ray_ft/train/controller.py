@@ -1,0 +1,336 @@
+"""What Ray Train's controller decides for us: which failures are survived, how many workers start, when to grow.
+
+Ray's own policies count failures over the whole run, try again what will fail again, take any number of workers, and
+resize by killing workers between checkpoints. These ones start counting anew with each new checkpoint, give up at once
+on errors that say what is wrong, take numbers that share the batch evenly, and let the workers save before they grow.
+
+The only module that uses interfaces of Ray Train that are not public (of 2.60; tests/integration/test_failures.py uses
+each, so an upgrade that moves one is noticed).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray.train import DataConfig
+from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import (
+    ENV_VARS_TO_PROPAGATE,
+    HEALTH_CHECK_INTERVAL_S_ENV_VAR,
+    WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
+    WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
+)
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
+from ray.train.v2._internal.execution.callback import WorkerCallback
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
+from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
+
+from ray_ft.errors import RayFtError, ResourceError
+from ray_ft.recipe import Failures
+from ray_ft.train import checkpoint
+from ray_ft.train.loop import Ask
+from ray_ft.train.worker import Restart
+
+#: Seconds between the controller's looks at its workers, which is how soon a death is noticed.
+LOOK_SECONDS = 1.0
+#: Seconds that one attempt at placing the workers takes at most; then the room is counted anew.
+PLACE_SECONDS = 30.0
+#: Seconds for which workers that are about to be killed may take leave of each other; one that hangs never does.
+GOODBYE_SECONDS = 3
+
+
+class Trainer(TorchTrainer):
+    """Ray's trainer with our policies.
+
+    Args:
+        sizes: numbers of workers that share the batch evenly, ascending; one: no other is taken.
+        board: see `board.Board`.
+        checkpoints: folder in which new checkpoints appear.
+    """
+
+    def __init__(
+        self, *args: Any, sizes: tuple[int, ...], failures: Failures, board: Any, checkpoints: str, **options: Any
+    ):
+        super().__init__(*args, **options)
+        self._sizes, self._failures, self._board, self._checkpoints = sizes, failures, board, checkpoints
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # Ray's cleaner of placement groups asks the dashboard, of which not every cluster has one, and then stays for
+        # ever; `remove_groups` does its work.
+        return [
+            one for one in super()._create_default_callbacks() if not isinstance(one, PlacementGroupCleanerCallback)
+        ]
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        if len(self._sizes) > 1:
+            parts["scaling_policy"] = _EvenSizes(self.scaling_config, self._sizes, self._board, self._failures)
+        parts["failure_policy"] = _Survival(self._failures, self._checkpoints, self._board)
+        # Ray reads these from the environment alone, and hands those of a set on to its controller.
+        os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(self._failures.hang_seconds)
+        os.environ[WORKER_GROUP_START_TIMEOUT_S_ENV_VAR] = str(PLACE_SECONDS)
+        os.environ[HEALTH_CHECK_INTERVAL_S_ENV_VAR] = str(LOOK_SECONDS)
+        os.environ[TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S] = str(GOODBYE_SECONDS)
+        ENV_VARS_TO_PROPAGATE.add(TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S)
+        return super()._initialize_and_run_controller(**parts)
+
+
+def groups() -> set[str]:
+    """Placement groups that this job holds, by id; their last four bytes are the job's."""
+    job = ray.get_runtime_context().get_job_id()
+    table = ray.util.placement_group_table()
+    return {group for group, facts in table.items() if group.endswith(job) and facts["state"] != "REMOVED"}
+
+
+def remove_groups(names: set[str]) -> None:
+    """Give back what a controller that died held for its workers: it goes with the job alone, not with the actor."""
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup
+
+    for name in names:
+        ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+
+
+class EvenShares(DataConfig):
+    """Deals rows out in blocks of one worker's share of a step, however many workers there are this time."""
+
+    def __init__(self, global_batch: int, **options: Any) -> None:
+        super().__init__(**options)
+        self._global_batch = global_batch
+
+    def configure(self, datasets: Any, world_size: int, *args: Any, **options: Any) -> Any:
+        share = self._global_batch // world_size
+        blocks = {
+            name: rows.repartition(target_num_rows_per_block=share, strict=True) for name, rows in datasets.items()
+        }
+        return super().configure(blocks, world_size, *args, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------- failures
+
+
+class Budget:
+    """Failures in a row: the count starts anew when a checkpoint newer than at the last failure is there."""
+
+    def __init__(self, limit: int | None, checkpoints: str) -> None:
+        self.limit, self.count = limit, 0
+        self._checkpoints = checkpoints
+        self._newest = self._look()
+
+    def spend(self) -> bool:
+        """Count one more; False where it is one too many."""
+        newest = self._look()
+        if newest > self._newest:
+            self.count, self._newest = 0, newest
+        self.count += 1
+        return self.limit is None or self.count <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.count} of {'any number' if self.limit is None else self.limit}"
+
+    def _look(self) -> int:
+        return max(checkpoint.steps(self._checkpoints), default=0)
+
+
+class _Survival(FailurePolicy):
+    """Whether the workers are started again after they failed, said in a line."""
+
+    def __init__(self, settings: Failures, checkpoints: str, board: Any) -> None:
+        from ray.train import FailureConfig
+
+        super().__init__(FailureConfig())
+        self._settings, self._board = settings, board
+        self._failures = Budget(settings.max_failures, checkpoints)
+        self._preemptions = Budget(settings.max_preemptions, checkpoints)
+        self._waiting_since: float | None = None
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        error = training_failed_error
+        found = list(causes(error))
+        if any(isinstance(fault, RayFtError) for fault in found):
+            return FailureDecision.RAISE  # it says what is wrong, and would be wrong again
+        if isinstance(error, ControllerError):
+            return self._wait_for_room(error)
+        self._waiting_since = None
+        if restart := next((fault for fault in found if isinstance(fault, Restart)), None):
+            if not restart.preempted:
+                self._say(f"starting the workers again: {restart}")
+                return FailureDecision.RETRY
+            return self._again(self._preemptions, "preemption", str(restart))
+        if isinstance(error, PreemptionError) or any(_is_preempted_actor(fault) for fault in found):
+            return self._again(self._preemptions, "preemption", describe(error))
+        if self._wrong_from_the_start(error):
+            return FailureDecision.RAISE
+        return self._again(self._failures, "failure", describe(error))
+
+    def _again(self, budget: Budget, kind: str, why: str) -> FailureDecision:
+        within = budget.spend()
+        verdict = "starting again at the newest checkpoint" if within else "giving up"
+        self._say(f"{why}; {kind} {budget} without a new checkpoint between: {verdict}")
+        return FailureDecision.RETRY if within else FailureDecision.RAISE
+
+    def _wait_for_room(self, error: ControllerError) -> FailureDecision:
+        if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+            return self._again(self._failures, "failure", f"the workers did not start: {_last_line(error)}")
+        if ray.get(self._board.asked.remote()) is Ask.STOP:
+            return FailureDecision.RAISE
+        now = time.monotonic()
+        if self._waiting_since is None:
+            self._waiting_since = now
+            self._say(f"waiting for room for the workers, at most {self._settings.wait_seconds:g} s")
+        return (
+            FailureDecision.RETRY if now - self._waiting_since < self._settings.wait_seconds else FailureDecision.RAISE
+        )
+
+    def _wrong_from_the_start(self, error: Any) -> bool:
+        """Whether the code itself failed before any step: it would again, after minutes of loading."""
+        if not isinstance(error, WorkerGroupError) or ray.get(self._board.rows.remote()):
+            return False
+        return all(_of_own_code(fault) for fault in error.worker_failures.values())
+
+    def _say(self, line: str) -> None:
+        self._board.push.remote("lost", line)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and everything that Ray wrapped it around."""
+    seen: list[BaseException] = [error]
+    for fault in seen:
+        yield fault
+        inner = [
+            getattr(fault, "cause", None),
+            getattr(fault, "controller_failure", None),
+            getattr(fault, "health_check_failure", None),
+            fault.__cause__,
+            *getattr(fault, "worker_failures", {}).values(),
+            getattr(fault, "_base_exc", None),
+        ]
+        seen += [e for e in inner if isinstance(e, BaseException) and all(e is not s for s in seen)]
+
+
+def _of_own_code(fault: BaseException) -> bool:
+    """Whether the workers' own code raised it: no worker was lost, and no connection between them."""
+    lost = ("RayActorError", "ActorDiedError", "WorkerHealthCheck", "gloo", "NCCL", "DistBackend", "onnection")
+    said = " ".join(f"{type(cause).__name__} {cause}" for cause in causes(fault))
+    return not any(word in said for word in lost)
+
+
+def describe(error: Any) -> str:
+    """A line on which workers failed and how; where some are gone, what the others say of it is left out."""
+    if not isinstance(error, WorkerGroupError):
+        return _last_line(error)
+    gone, failed = [], []
+    for rank, fault in sorted(error.worker_failures.items()):
+        if isinstance(fault, WorkerHealthCheckFailedError):
+            gone.append(f"worker {rank} died")
+        elif isinstance(fault, WorkerHealthCheckTimeoutError):
+            gone.append(f"worker {rank} does not answer")
+        else:
+            failed.append(f"worker {rank} failed: {_last_line(fault)}")
+    return ", ".join(gone or failed)
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+
+
+# ------------------------------------------------------------------------------------------------------------- sizes
+
+
+class _EvenSizes(ElasticScalingPolicy):
+    """As many workers as there is room for, of the sizes that share the batch evenly; grows at a checkpoint."""
+
+    def __init__(self, settings: Any, sizes: tuple[int, ...], board: Any, failures: Failures) -> None:
+        super().__init__(settings)
+        self._sizes, self._board, self._failures = sizes, board, failures
+        self._waiting_since: float | None = None
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        # A node that was lost a moment ago can still be in Ray's reservations: workers would be sent there in vain.
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        there = {node: resources for node, resources in reserved_resources.items() if node in alive}
+        room = super()._count_possible_workers(there)
+        return max((size for size in self._sizes if size <= room), default=0)
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        decision = super().make_decision_for_non_running_worker_group()
+        if not isinstance(decision, NoopDecision):
+            self._waiting_since = None
+            return decision
+        now, limit = time.monotonic(), self._failures.wait_seconds
+        if self._waiting_since is None:
+            self._waiting_since = now
+            self._board.push.remote("line", f"waiting for room for {self._sizes[0]} workers, at most {limit:g} s")
+        stopped = ray.get(self._board.asked.remote()) is Ask.STOP
+        if stopped or now - self._waiting_since > limit:
+            why = "the run was stopped" if stopped else f"train.failures.wait_seconds = {limit:g} have passed"
+            raise ResourceError(
+                f"there is no room for train.workers = {self._sizes[0]}, the fewest, and {why}",
+                ["add nodes to the cluster", "a smaller train.workers", "the same command continues the run"],
+            )
+        time.sleep(LOOK_SECONDS)  # else the controller's loop spins
+        return decision
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> ScalingDecision:
+        decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+        if isinstance(decision, ResizeDecision) and decision.num_workers > worker_group_state.num_workers:
+            self._board.ask.remote(Ask.RESTART)  # they save, end by themselves, and are counted anew
+        return NoopDecision()
+
+
+# ------------------------------------------------------------------------------------------------------- each worker
+
+
+class Surroundings(WorkerCallback):
+    """Prepares each worker's process, in its main thread, before the workers find each other."""
+
+    def after_init_train_context(self) -> None:
+        signal.signal(signal.SIGTERM, _on_sigterm)
+        choose_interface(ray.util.get_node_ip_address())
+
+
+_told = threading.Event()
+
+
+def _on_sigterm(*_: Any) -> None:
+    _told.set()
+
+
+def leaving() -> bool:
+    """Whether this worker has been told to go: SIGTERM to its process, or its node drains."""
+    return _told.is_set() or get_train_context().preemption_context.preemption_info is not None
+
+
+def choose_interface(address: str) -> None:
+    """Let gloo and NCCL talk over the interface that has this node's address.
+
+    Left alone they ask what the host name resolves to, which in many clusters is loopback or nothing.
+    """
+    import psutil
+
+    for name, found in psutil.net_if_addrs().items():
+        if any(one.address == address for one in found):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # exactly this name, not all that begin with it
+            return

@@ -1,0 +1,72 @@
+"""What the loop needs so that nothing is lost: checkpoints behind its back, and the record of the samples it used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ray_ft.data.ledger import Ledger
+from ray_ft.data.stream import Batch
+from ray_ft.errors import StorageError
+from ray_ft.span import Span
+from ray_ft.train.saver import Saver
+
+UNSAVED = 3  # checkpoints in a row that may fail before the run is ended: what it does is then not kept
+
+
+@dataclass
+class Keeper:
+    """All workers call every method at the same steps.
+
+    Args:
+        spans: gives what a checkpoint holds; called between steps.
+        all_reduce: sums a tensor over the workers.
+        ledger: None: samples are not recorded.
+    """
+
+    saver: Saver
+    spans: Callable[[], Mapping[str, Span]]
+    all_reduce: Callable[[torch.Tensor], torch.Tensor]
+    ledger: Ledger | None = None
+
+    def signals(self) -> tuple[float, ...]:
+        """Numbers whose sums over all workers `advance` wants after the step."""
+        return self.saver.signals()
+
+    def advance(self, sums: list[float]) -> None:
+        """Take the checkpoint that is being written one stage further."""
+        written, failed, committed = sums
+        self.saver.advance(written, failed, committed)
+
+    def used(self, step: int, batch: Batch) -> None:
+        """Record this worker's samples of a finished step."""
+        if self.ledger is not None:
+            self.ledger.add(step, batch)
+
+    def save(self, step: int, wait: bool) -> None:
+        """Begin a checkpoint of a finished step; `wait`: until it is there, or has failed."""
+        self.saver.finish(self.all_reduce)  # the one before, where storage takes longer than the steps between
+        self.saver.begin(step, self.spans(), self.ledger.take() if self.ledger is not None else b"")
+        if wait:
+            self.saver.finish(self.all_reduce)
+
+    def check(self, step: int, needed: bool) -> None:
+        """End the run where too little of it is kept.
+
+        Args:
+            needed: whether the checkpoint of `step` is the run's last.
+
+        Raises:
+            StorageError: it could not be written, or `UNSAVED` in a row could not.
+        """
+        saver = self.saver
+        lost = needed and saver.newest != step
+        if lost or saver.failed_in_a_row >= UNSAVED:
+            what = f"the checkpoint of step {step}" if lost else f"{saver.failed_in_a_row} checkpoints in a row"
+            kept = "there is none" if saver.newest is None else f"of step {saver.newest}"
+            raise StorageError(
+                f"{what} could not be written: {saver.last_error}; the newest whole one: {kept}",
+                ["make room on run.storage, or mend the way to it", "train again: it resumes at the newest checkpoint"],
+            )

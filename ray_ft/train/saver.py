@@ -1,0 +1,389 @@
+"""Checkpoints behind the back of the training loop, which is blocked only while its state is copied to host memory.
+
+`begin` copies what this worker owns; a thread writes the copy. The threads talk to nobody: that all workers have
+written travels as three numbers in an all-reduce that the loop makes in each step anyway, and what they have written
+lies beside it in storage, as ``part_00000.json``. So workers always agree on which save is pending, and no collective
+waits in a thread. Then rank 0's thread reads the parts and commits.
+
+A save either commits or is abandoned by all workers, which delete what they wrote, so that a full disk gets its space
+back; training goes on. A killed process leaves a folder without its marker, which does not count; the next attempt
+deletes it after its first own checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ray_ft import paths
+from ray_ft.errors import RayFtError
+from ray_ft.retry import patiently
+from ray_ft.span import Span
+from ray_ft.train import checkpoint, shards
+from ray_ft.train.shards import Stopped, Written
+
+#: Seconds for which training waits, after a failed save, for a thread in a call to storage that does not return.
+PATIENCE = 30.0
+
+
+class Saver:
+    """Writes the checkpoints of one worker. All workers call `begin`, `advance` and `finish` at the same steps.
+
+    Args:
+        folder: the run's checkpoints.
+        keep: valid checkpoints that are kept.
+        details: what state.json holds besides the format and the step.
+        background: False: `begin` copies nothing, and the caller calls `finish` before it changes any span. Host memory
+            then holds one block at a time.
+        say: called on rank 0, from the thread that calls `advance`, with lines for people.
+        ledger_folder: gets ``step_XXXXXXXX.jsonl`` with each checkpoint whose `begin` was given a ledger.
+        newest: step of the checkpoint that the run resumed from.
+
+    Attributes:
+        pending: step of the save that is neither committed nor abandoned.
+        newest: step of the newest committed checkpoint.
+        failed_in_a_row: saves that were abandoned since the last one that was committed.
+        last_error: why the last of them was.
+        blocked_seconds: for which the last save kept training waiting.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        keep: int,
+        rank: int,
+        world: int,
+        details: dict[str, Any],
+        background: bool,
+        say: Callable[[str], None],
+        ledger_folder: str,
+        newest: int | None = None,
+    ) -> None:
+        self._folder, self._keep, self._rank, self._world = folder, keep, rank, world
+        self._details, self._background, self._say, self._ledger_folder = details, background, say, ledger_folder
+        self.newest = newest
+        self.pending: int | None = None
+        self.failed_in_a_row = 0
+        self.last_error: str | None = None
+        self.blocked_seconds = 0.0
+        self._host = _HostCopy()
+        self._save: _Save | None = None
+        self._stuck: _Save | None = None
+        self._attempt = ""
+        self._saves = 0
+        self._unsaved = b""
+        self._leftovers: list[str] | None = None
+
+    def begin(self, step: int, spans: Mapping[str, Span], ledger: bytes = b"") -> None:
+        """Start to save a step; nothing may be pending. What fails shows in `signals`, as the other workers must know.
+
+        Args:
+            ledger: this worker's lines since the last `begin`; those of a save that fails go with the next one.
+        """
+        assert self.pending is None, "a save is pending"
+        began = time.perf_counter()
+        self._unsaved += ledger
+        location = paths.join(self._folder, checkpoint.name(step, self._next_attempt()))
+        save = _Save(self, location, step, self._unsaved)
+        self.pending, self._save = step, save
+        if self._stuck is not None and self._stuck.thread.is_alive():
+            save.fail(f"the save of step {self._stuck.step} still waits for storage")
+        else:
+            self._stuck = None
+            try:
+                save.spans = self._host.copy(spans) if self._background else shards.owned(spans)
+                save.thread.start()
+            except (RuntimeError, MemoryError) as error:  # no memory for the copy, or no thread
+                save.fail(f"its copy in host memory: {_first_line(error)}")
+        self.blocked_seconds = time.perf_counter() - began
+
+    def _next_attempt(self) -> str:
+        """The same on all workers, and never the same again."""
+        if not self._attempt:
+            drawn = [uuid.uuid4().hex[:8]]
+            if self._world > 1:
+                torch.distributed.broadcast_object_list(drawn, src=0)
+            self._attempt = drawn[0]
+        self._saves += 1
+        return f"{self._attempt}{self._saves:04x}"
+
+    def signals(self) -> tuple[float, float, float]:
+        """(written, failed, committed) of this worker's part in the pending save, 0 or 1 each."""
+        save = self._save
+        if save is None:
+            return 0.0, 0.0, 0.0
+        save.offered = save.written
+        return float(save.offered), float(save.failed), float(save.committed)
+
+    def advance(self, written: float, failed: float, committed: float) -> None:
+        """Go on with the pending save, by the sums of the workers' `signals`."""
+        save = self._save
+        if save is None:
+            return
+        if committed:
+            self._end(save, _Verdict.DONE)
+            self.newest, self.failed_in_a_row, self._unsaved = save.step, 0, b""
+        elif failed:
+            self._end(save, _Verdict.ABANDON)
+            self.failed_in_a_row += 1
+            self.last_error = self._why(save)
+            kept = "there is none yet" if self.newest is None else f"that of step {self.newest} is the newest"
+            if self._rank == 0:
+                self._say(
+                    f"the checkpoint of step {save.step} was not written: {self.last_error}; training goes on, {kept}"
+                )
+        elif written == self._world and self._rank == 0:
+            save.tell(_Verdict.COMMIT)
+
+    def finish(self, all_reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Wait until the pending save is committed or abandoned, if there is one.
+
+        Args:
+            all_reduce: sums a tensor (float64 [3], in host memory) over the workers.
+        """
+        began = time.perf_counter()
+        while self._save is not None:
+            if self._save.busy():
+                self._save.changed.wait(1.0)  # no longer: where another worker failed, this one should hear of it
+            self._save.changed.clear()
+            sums = all_reduce(torch.tensor(self.signals(), dtype=torch.float64))
+            self.advance(*sums.tolist())
+        if not self._background:
+            self.blocked_seconds += time.perf_counter() - began
+
+    def close(self) -> None:
+        """Abandon what is pending; no other worker is asked."""
+        save = self._save
+        if save is not None:
+            # Where the others may have been told that this part is written, rank 0 may be committing it.
+            self._end(save, _Verdict.DONE if save.offered else _Verdict.ABANDON)
+
+    def _note_leftovers(self, mine: str) -> None:
+        """What other attempts have left uncommitted, as of this one's first save; what they write later is not looked
+        for, as it could belong to an attempt that lives."""
+        if self._leftovers is None:
+            there = [location for _, location in checkpoint.folders(self._folder) if location != mine]
+            self._leftovers = [location for location in there if not checkpoint.is_committed(location)]
+
+    def _end(self, save: _Save, verdict: _Verdict) -> None:
+        save.tell(verdict)
+        if save.thread.is_alive():
+            save.thread.join(PATIENCE)
+        if save.thread.is_alive():
+            self._stuck = save  # it holds the host copy
+        self._save = self.pending = None
+        if self._rank == 0:
+            for line in save.lines:
+                self._say(line)
+
+    def _why(self, save: _Save) -> str:
+        """What went wrong, of all workers; all are here, and none of their threads is in a collective."""
+        reasons: list[Any] = [save.reason]
+        if self._world > 1:
+            reasons = [None] * self._world
+            torch.distributed.all_gather_object(reasons, save.reason)
+        said = [f"worker {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
+        if not said:
+            return "a worker failed without saying why"
+        return said[0] + (f" (and {len(said) - 1} other workers)" if len(said) > 1 else "")
+
+
+class _Verdict(enum.Enum):
+    COMMIT = enum.auto()
+    ABANDON = enum.auto()
+    DONE = enum.auto()
+
+
+class _Save:
+    """One worker's part in one save. The flags only ever go up."""
+
+    def __init__(self, saver: Saver, location: str, step: int, ledger: bytes) -> None:
+        # A daemon: one that is stuck must not keep the process alive.
+        self.thread = threading.Thread(target=self._run, name=f"save step {step}", daemon=True)
+        self.saver, self.location, self.step, self.ledger = saver, location, step, ledger
+        self.rank = saver._rank
+        self.spans: dict[str, Span] = {}
+        self.written = self.failed = self.committed = False
+        self.reason: str | None = None
+        self.offered = False  # once the others may know that this part is written, it is theirs to count on
+        self.changed = threading.Event()
+        self.lines: list[str] = []
+        self._told = threading.Condition()
+        self._verdict: _Verdict | None = None
+        self._abandoned = threading.Event()
+
+    def tell(self, verdict: _Verdict) -> None:
+        """Called by the training thread; a commit that was told is not taken back."""
+        with self._told:
+            self._verdict = self._verdict or verdict
+            if verdict is _Verdict.ABANDON:
+                self._abandoned.set()
+            self._told.notify()
+
+    def fail(self, reason: str) -> None:
+        self.reason, self.failed = reason, True
+        self.changed.set()
+
+    def busy(self) -> bool:
+        """Whether the thread is at work, not waiting to be told something."""
+        at_work = not self.written or (self._verdict is _Verdict.COMMIT and not self.committed)
+        return at_work and not self.failed
+
+    def _run(self) -> None:
+        try:
+            self._write()
+            self.written = True
+            self.changed.set()
+            if self._hear() is _Verdict.COMMIT:
+                self._commit()
+                self.committed = True
+                self.changed.set()
+        except Stopped:
+            pass
+        except Exception as error:  # of any kind: the other workers must hear of it, and training goes on
+            self._clean()  # before anybody hears: then the space is there again
+            self.fail(error.what if isinstance(error, RayFtError) else f"{type(error).__name__}: {_first_line(error)}")
+            return
+        if self._abandoned.is_set() and not self.committed:
+            self._clean()
+
+    def _hear(self) -> _Verdict | None:
+        with self._told:
+            self._told.wait_for(lambda: self._verdict is not None)
+            return self._verdict
+
+    def _write(self) -> None:
+        if self.rank == 0:
+            self.saver._note_leftovers(self.location)
+        written = patiently(
+            lambda: shards.write(self.location, self.rank, self.spans, self._abandoned.is_set), self._abandoned
+        )
+        if self.ledger:
+            self._put(_ledger_name(self.rank), self.ledger)
+        self._put(_part_name(self.rank), json.dumps({**written, "ledger": bool(self.ledger)}).encode())
+
+    def _put(self, file: str, content: bytes) -> None:
+        patiently(lambda: paths.write_bytes(paths.join(self.location, file), content), self._abandoned)
+
+    def _get(self, file: str) -> bytes:
+        try:
+            return patiently(lambda: paths.read_bytes(paths.join(self.location, file)), self._abandoned)
+        except FileNotFoundError:
+            raise checkpoint.incomplete(self.location, [file]) from None
+
+    # ------------------------------------------------------------------------------------------------- rank 0 alone
+
+    def _commit(self) -> None:
+        saver = self.saver
+        parts: list[Written] = []
+        ledgers = []
+        for rank in range(saver._world):
+            part = json.loads(self._get(_part_name(rank)))
+            if part.pop("ledger"):
+                ledgers.append(self._get(_ledger_name(rank)))
+            parts.append(part)
+        if ledgers:
+            self._write_ledger(ledgers)
+        checkpoint.commit(self.location, self.step, parts, saver._details)
+        # It counts. From here on nothing is worth a failed save.
+        try:
+            for rank in range(saver._world):
+                self._delete(_part_name(rank))
+                if ledgers:
+                    self._delete(_ledger_name(rank))
+            checkpoint.retain(saver._folder, saver._keep, self.lines.append)
+            self._delete_leftovers()
+        except (OSError, RayFtError) as error:
+            self.lines.append(f"older checkpoints could not be looked through: {_first_line(error)}")
+
+    def _write_ledger(self, ledgers: Sequence[bytes]) -> None:
+        """Those of other attempts at the steps since the last checkpoint go: their work is lost, or was this one's."""
+        from ray_ft.data.ledger import merge
+
+        folder = self.saver._ledger_folder
+        before = max((step for step, _ in checkpoint.committed(self.saver._folder) if step < self.step), default=0)
+        for entry in patiently(lambda: paths.list_dir(folder), self._abandoned):
+            match = re.fullmatch(r"step_(\d+)\.jsonl", entry)
+            if match and not 0 < int(match[1]) <= before and int(match[1]) != self.step:
+                stale = paths.join(folder, entry)
+                patiently(lambda place=stale: paths.delete_file(place), self._abandoned)  # type: ignore[misc]
+        merged = merge(ledgers)
+        target = paths.join(folder, f"{checkpoint.name(self.step)}.jsonl")
+        patiently(lambda: paths.write_bytes(target, merged), self._abandoned)
+
+    def _delete_leftovers(self) -> None:
+        for location in self.saver._leftovers or []:
+            if not checkpoint.is_committed(location):
+                checkpoint.delete(location, self.lines.append)
+        self.saver._leftovers = []
+
+    # --------------------------------------------------------------------------------------------------- abandoning
+
+    def _clean(self) -> None:
+        """Delete this worker's files, and the folder once it is empty."""
+        mine = [shards.file_name(self.rank), _part_name(self.rank), _ledger_name(self.rank)]
+        if self.rank == 0:
+            mine = [checkpoint.COMMITTED, *mine, shards.INDEX, checkpoint.STATE]
+        try:
+            for file in mine:
+                self._delete(file)
+            if not paths.list_dir(self.location):
+                paths.delete_dir(self.location)
+        except OSError as error:  # what is left does not count; rank 0 tries again after the next checkpoint
+            self.lines.append(f"{self.location} could not be deleted: {_first_line(error)}")
+        self.saver._leftovers = [*(self.saver._leftovers or []), self.location]
+
+    def _delete(self, file: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            paths.delete_file(paths.join(self.location, file))
+
+
+class _HostCopy:
+    """One buffer in host memory, kept from save to save: to allocate it anew costs as much as to fill it."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def copy(self, spans: Mapping[str, Span]) -> dict[str, Span]:
+        """Copies of what this worker owns of `spans`; the next call overwrites them."""
+        mine = shards.owned(spans)
+        size = sum(span.data.numel() * span.data.element_size() for span in mine.values())
+        device = next((span.data.device for span in mine.values() if span.data.is_cuda), None)
+        if self._buffer.numel() < size:
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one is freed first
+            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=device is not None)
+        side = torch.cuda.Stream(device) if device is not None else None
+        if side is not None:
+            side.wait_stream(torch.cuda.current_stream(device))
+        copies, at = {}, 0
+        with torch.cuda.stream(side) if side is not None else contextlib.nullcontext():
+            for name, span in mine.items():
+                stop = at + span.data.numel() * span.data.element_size()
+                data = self._buffer[at:stop].view(span.data.dtype)
+                data.copy_(span.data.detach(), non_blocking=side is not None)
+                copies[name] = Span(data, span.start, span.shape)
+                at = stop
+        if side is not None:
+            side.synchronize()
+        return copies
+
+
+def _part_name(rank: int) -> str:
+    return f"part_{rank:05d}.json"
+
+
+def _ledger_name(rank: int) -> str:
+    return f"ledger_{rank:05d}.jsonl"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
