@@ -35,7 +35,13 @@ LASTING = frozenset(
 #: The same from object stores, whose errors reach Python as text: names of AWS's and of Google's errors.
 LASTING_WORDS = (
     *("ACCESS_DENIED", "HTTP status 401", "HTTP status 403", "PERMISSION_DENIED", "UNAUTHENTICATED"),
-    *("NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "MISSING_AUTHENTICATION_TOKEN"),
+    *(
+        "NO_SUCH_BUCKET",
+        "allow_bucket_creation",
+        "INVALID_ACCESS_KEY_ID",
+        "SIGNATURE_DOES_NOT_MATCH",
+        "MISSING_AUTHENTICATION_TOKEN",
+    ),
 )
 
 T = TypeVar("T")

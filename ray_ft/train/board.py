@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
+from ray_ft.train import checkpoint
 from ray_ft.train.loop import Ask
+
+LISTEN_SECONDS = 0.2
 
 #: (kind, content): ("line", text), ("lost", why the workers are gone), ("row", metrics), ("begin", Link.begin's).
 Message = tuple[str, Any]
@@ -18,6 +23,14 @@ class Board:
         self._ask = Ask.NOTHING
         self._finished = 0
         self._rows = 0
+        self._stands: checkpoint.Found | None = None
+
+    def stand(self, found: checkpoint.Found | None) -> None:
+        """Settle where the run stands, for the workers that start now and the rows that they get."""
+        self._stands = found
+
+    def stands(self) -> checkpoint.Found | None:
+        return self._stands
 
     def push(self, kind: str, content: Any) -> None:
         self._messages.append((kind, content))
@@ -26,7 +39,7 @@ class Board:
             self._rows += 1
         if kind == "begin":
             self._finished = content[0]
-            if self._ask is Ask.RESTART:  # this is it
+            if self._ask is Ask.GROW:  # this is it
                 self._ask = Ask.NOTHING
 
     def take(self) -> list[Message]:
@@ -42,7 +55,7 @@ class Board:
         return self._rows
 
     def ask(self, what: Ask) -> None:
-        """Ask of the workers; a wish to stop is not taken back by one to restart."""
+        """Ask of the workers; a wish to stop is not taken back by one to grow."""
         self._ask = max(self._ask, what)
 
     def asked(self) -> Ask:
@@ -59,19 +72,22 @@ def place(board: type[Board] = Board) -> Any:
 
 
 class BoardLink:
-    """A worker's end of the board, which it never waits for. Rank 0 reports and reads what is asked of all.
+    """A worker's end of the board, which training never waits for. Rank 0 reports and hears what is asked of all.
 
     Args:
         leaving: says whether this worker has to go soon, because it was told so; asked of every rank.
     """
 
-    def __init__(self, board: Any, rank: int, leaving: Any) -> None:
+    def __init__(self, board: Any, rank: int, leaving: Callable[[], bool]) -> None:
         self._board, self._rank, self._leaving = board, rank, leaving
-        self._asked = board.asked.remote() if rank == 0 else None
+        self._asked = Ask.NOTHING
+        self._over = threading.Event()
         self._pushed: Any = None
 
     def begin(self, step: int, workers: int, model_seconds: float) -> None:
         self._push("begin", (step, workers, model_seconds))
+        self.flush()  # what was asked before was asked of those who were here before
+        threading.Thread(target=self._listen, name="ray-ft-board", daemon=True).start()
 
     def say(self, line: str) -> None:
         self._push("line", line)
@@ -80,13 +96,11 @@ class BoardLink:
         self._push("row", row)
 
     def asked(self) -> Ask:
-        import ray
+        return max(self._asked, Ask.LEAVE if self._leaving() else Ask.NOTHING)
 
-        found = Ask.NOTHING
-        if self._asked is not None and ray.wait([self._asked], timeout=0)[0]:
-            found = ray.get(self._asked)
-            self._asked = self._board.asked.remote()
-        return max(found, Ask.RESTART if self._leaving() else Ask.NOTHING)
+    def close(self) -> None:
+        """Hear no more."""
+        self._over.set()
 
     def flush(self) -> None:
         """Wait until the board has everything."""
@@ -97,3 +111,13 @@ class BoardLink:
 
     def _push(self, kind: str, content: Any) -> None:
         self._pushed = self._board.push.remote(kind, content)
+
+    def _listen(self) -> None:
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            while not self._over.wait(LISTEN_SECONDS):
+                self._asked = ray.get(self._board.asked.remote())
+        except RayError:  # the board is gone, and with it whoever could ask
+            return

@@ -133,6 +133,8 @@ def newest(folder: str, on_broken: Callable[[str, str], None] | None = None) -> 
         try:
             return Found(location, step, verify(location))
         except Damaged as error:
+            if not is_committed(location):  # deleted meanwhile, by a command that has newer ones
+                continue
             if on_broken is not None:
                 on_broken(set_aside(location, error.what), error.what)
     return None
@@ -257,9 +259,10 @@ def restore(location: str, spans: Mapping[str, Span], *, partial: bool = False) 
         Damaged: bytes of it are not those that were written; spans may be filled in part.
         StorageError: storage does not answer, after several attempts.
     """
+    asked = set() if partial else _asked(spans)  # before anything that may fail on one worker alone
     stored = index(location)
     sections = {key.partition("/")[0] for key in spans}
-    more = set() if partial else {key for key in stored if key.partition("/")[0] in sections} - _asked(spans)
+    more = set() if partial else {key for key in stored if key.partition("/")[0] in sections} - asked
     for what, names in (("lacks", spans.keys() - stored.keys()), ("also holds", more)):
         if names:
             raise _misfit(

@@ -19,7 +19,7 @@ import torch
 from ray_ft import paths, session
 from ray_ft.data import stream
 from ray_ft.data.order import Order
-from ray_ft.errors import RayFtError, TrainingError
+from ray_ft.errors import RayFtError, ResourceError, TrainingError
 from ray_ft.recipe import Recipe
 from ray_ft.strategy import Layout
 from ray_ft.train import worker
@@ -55,6 +55,9 @@ def run(job: worker.Job, watcher: Watcher) -> int:
     try:
         with _relaying(board, watcher):
             while True:
+                found = job.start()
+                if found and found.step >= total_steps(job.recipe, job.order):
+                    return found.step  # the last checkpoint was there when the workers were lost
                 before = controller.groups()
                 try:
                     return _fit(job, board)
@@ -89,7 +92,8 @@ def _fit(job: worker.Job, board: Any) -> int:
         backend = "cpu:gloo,cuda:nccl"  # the norm of gradients that lie in host memory is summed there
 
     def rows() -> Any:  # called again whenever the workers are started, so it reads where the run stands now
-        found = job.start()
+        found = job.start(lambda aside, why: board.push.remote("line", f"set aside {aside}: {why}"))
+        ray.get(board.stand.remote(found))
         start = found.step if found else 0
         return stream.training_dataset(job.order, start * settings.global_batch, total * settings.global_batch)
 
@@ -123,8 +127,11 @@ def _fit(job: worker.Job, board: Any) -> int:
         board=board,
         checkpoints=recipe.run.dir.checkpoints,
     )
-    trainer.fit()
-    paths.delete_dir(recipe.run.dir.at("ray", attempt))
+    try:
+        trainer.fit()
+    finally:
+        with contextlib.suppress(OSError):  # a few empty folders, which the next run does not read
+            paths.delete_dir(recipe.run.dir.at("ray", attempt))
     return ray.get(board.finished.remote())
 
 
@@ -174,11 +181,16 @@ def compute_dtype(recipe: Recipe, cuda: bool) -> torch.dtype:
 
 def _as_ours(error: BaseException, run: paths.RunDir) -> BaseException:
     """The deliberate error inside whatever Ray wrapped around it, if there is one."""
-    from ray_ft.train.controller import causes
+    from ray_ft.train.controller import WorkerGroupStartupTimeoutError, causes
 
     for fault in causes(error):
         if isinstance(fault, RayFtError):
             return fault
+        if isinstance(fault, WorkerGroupStartupTimeoutError):
+            return ResourceError(
+                f"there is no room for train.workers = {fault.num_workers}, also not after waiting",
+                ["add nodes to the cluster", "fewer train.workers", "the same command continues the run"],
+            )
     last = str(error).strip().splitlines()[-12:]
     return TrainingError(
         "the workers failed:\n    " + "\n    ".join(last),
@@ -193,6 +205,7 @@ def _as_ours(error: BaseException, run: paths.RunDir) -> BaseException:
 
 def _ray_worker(config: dict[str, Any]) -> None:
     """The function that Ray Train runs on every worker."""
+    import ray
     import ray.train
     from ray.train.torch import get_device
 
@@ -218,12 +231,16 @@ def _ray_worker(config: dict[str, Any]) -> None:
 
     link = BoardLink(config["board"], rank, leaving)
     try:
-        worker.run(job, layout, batches, link, leaving)
+        found = ray.get(config["board"].stands.remote())
+        worker.run(job, found, layout, batches, link)
         link.flush()
     except worker.Restart:
         link.flush()
         raise
     except Exception:
-        # Ray shortens tracebacks; the whole one is kept with the run.
-        paths.write_text(job.recipe.run.dir.at("logs", f"worker-{rank}.txt"), traceback.format_exc())
+        # Ray shortens tracebacks; the whole one is kept with the run, unless it is the storage that failed.
+        with contextlib.suppress(OSError, RayFtError):
+            paths.write_text(job.recipe.run.dir.at("logs", f"worker-{rank}.txt"), traceback.format_exc())
         raise
+    finally:
+        link.close()

@@ -4,8 +4,8 @@ Ray's own policies count failures over the whole run, try again what will fail a
 resize by killing workers between checkpoints. These ones start counting anew with each new checkpoint, give up at once
 on errors that say what is wrong, take numbers that share the batch evenly, and let the workers save before they grow.
 
-The only module that uses interfaces of Ray Train that are not public (of 2.60; tests/integration/test_failures.py uses
-each, so an upgrade that moves one is noticed).
+The only module that uses interfaces of Ray Train that are not public (of 2.60). tests/integration/test_path.py and
+tests/multihost/test_faults.py use them all, so an upgrade that moves one is noticed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+import torch
+from ray.exceptions import RayError, RayTaskError
 from ray.train import DataConfig
 from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
 from ray.train.torch import TorchTrainer
@@ -42,11 +44,15 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ResizeDecision,
     ScalingDecision,
 )
+from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+    TrainAutoscalingCoordinatorClient,
+)
 from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
-from ray_ft.errors import RayFtError, ResourceError
+from ray_ft.errors import RayFtError, ResourceError, StorageError
 from ray_ft.recipe import Failures
+from ray_ft.session import SPARE_CPUS
 from ray_ft.train import checkpoint
 from ray_ft.train.loop import Ask
 from ray_ft.train.worker import Restart
@@ -83,8 +89,10 @@ class Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         if len(self._sizes) > 1:
-            parts["scaling_policy"] = _EvenSizes(self.scaling_config, self._sizes, self._board, self._failures)
-        parts["failure_policy"] = _Survival(self._failures, self._checkpoints, self._board)
+            parts["scaling_policy"] = _EvenSizes(
+                self.scaling_config, self._sizes, self._board, self._failures, self._checkpoints
+            )
+        parts["failure_policy"] = _Survival(self._failures, self._checkpoints, self._board, groups())
         # Ray reads these from the environment alone, and hands those of a set on to its controller.
         os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(self._failures.hang_seconds)
         os.environ[WORKER_GROUP_START_TIMEOUT_S_ENV_VAR] = str(PLACE_SECONDS)
@@ -133,13 +141,13 @@ class Budget:
 
     def __init__(self, limit: int | None, checkpoints: str) -> None:
         self.limit, self.count = limit, 0
-        self._checkpoints = checkpoints
+        self._checkpoints, self._newest = checkpoints, 0
         self._newest = self._look()
 
     def spend(self) -> bool:
         """Count one more; False where it is one too many."""
         newest = self._look()
-        if newest > self._newest:
+        if newest != self._newest:  # also an older one, since a damaged one was set aside and the steps taken again
             self.count, self._newest = 0, newest
         self.count += 1
         return self.limit is None or self.count <= self.limit
@@ -148,17 +156,20 @@ class Budget:
         return f"{self.count} of {'any number' if self.limit is None else self.limit}"
 
     def _look(self) -> int:
-        return max(checkpoint.steps(self._checkpoints), default=0)
+        try:
+            return max(checkpoint.steps(self._checkpoints), default=0)
+        except StorageError:  # nothing new is known of; whoever needs the checkpoint says what is wrong
+            return self._newest
 
 
 class _Survival(FailurePolicy):
     """Whether the workers are started again after they failed, said in a line."""
 
-    def __init__(self, settings: Failures, checkpoints: str, board: Any) -> None:
+    def __init__(self, settings: Failures, checkpoints: str, board: Any, others: set[str]) -> None:
         from ray.train import FailureConfig
 
         super().__init__(FailureConfig())
-        self._settings, self._board = settings, board
+        self._settings, self._board, self._others = settings, board, others
         self._failures = Budget(settings.max_failures, checkpoints)
         self._preemptions = Budget(settings.max_preemptions, checkpoints)
         self._waiting_since: float | None = None
@@ -190,6 +201,8 @@ class _Survival(FailurePolicy):
 
     def _wait_for_room(self, error: ControllerError) -> FailureDecision:
         if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+            # Ray forgets the placement group of workers that die while they start.
+            remove_groups(groups() - self._others)
             return self._again(self._failures, "failure", f"the workers did not start: {_last_line(error)}")
         if ray.get(self._board.asked.remote()) is Ask.STOP:
             return FailureDecision.RAISE
@@ -229,9 +242,14 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 def _of_own_code(fault: BaseException) -> bool:
     """Whether the workers' own code raised it: no worker was lost, and no connection between them."""
-    lost = ("RayActorError", "ActorDiedError", "WorkerHealthCheck", "gloo", "NCCL", "DistBackend", "onnection")
-    said = " ".join(f"{type(cause).__name__} {cause}" for cause in causes(fault))
-    return not any(word in said for word in lost)
+    lost = (torch.distributed.DistError, WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
+    for cause in causes(fault):
+        # A task's own exception travels as a RayTaskError; of gloo's errors there is no type.
+        if isinstance(cause, lost) or (isinstance(cause, RayError) and not isinstance(cause, RayTaskError)):
+            return False
+        if any(word in str(cause) for word in ("gloo", "onnection")):
+            return False
+    return True
 
 
 def describe(error: Any) -> str:
@@ -259,22 +277,47 @@ def _last_line(error: BaseException) -> str:
 class _EvenSizes(ElasticScalingPolicy):
     """As many workers as there is room for, of the sizes that share the batch evenly; grows at a checkpoint."""
 
-    def __init__(self, settings: Any, sizes: tuple[int, ...], board: Any, failures: Failures) -> None:
+    def __init__(self, settings: Any, sizes: tuple[int, ...], board: Any, failures: Failures, run: str) -> None:
         super().__init__(settings)
-        self._sizes, self._board, self._failures = sizes, board, failures
+        self._sizes, self._board, self._failures, self._run = sizes, board, failures, run
         self._waiting_since: float | None = None
+        self._tried = False
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        # Reservations go by this name. One that a killed command or controller left would stand for three minutes
+        # beside ours, for the same nodes; under the run's own name ours takes its place.
+        self._requester_id = f"train-{self._run}"
+        self._coordinator_client = TrainAutoscalingCoordinatorClient(self._requester_id)
+        self._send_resource_request()
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        # A node that was lost a moment ago can still be in Ray's reservations: workers would be sent there in vain.
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        there = {node: resources for node, resources in reserved_resources.items() if node in alive}
+        # Ray's reservations can still have a node that was lost a moment ago, and have those that drain: workers would
+        # wait for them in vain.
+        gone = draining_nodes()
+        nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+        there = {node: has for node, has in reserved_resources.items() if node in nodes and node not in gone}
         room = super()._count_possible_workers(there)
-        return max((size for size in self._sizes if size <= room), default=0)
+        if self._tried:  # there was none for what was tried: others hold what Ray counts as reserved for us
+            room = min(room, self._free_workers())
+        # The tasks that read rows need a CPU beside those that workers hold, or the workers wait for them for ever.
+        cpus = sum(has.get("CPU", 0) for has in nodes.values()) - SPARE_CPUS
+        each = self.scaling_config._resources_per_worker_not_none.get("CPU", 0)
+        return max((size for size in self._sizes if size <= room and size * each <= cpus), default=0)
+
+    def _free_workers(self) -> int:
+        """Workers for which there is room beside all that runs now."""
+        each = {name: much for name, much in self.scaling_config._resources_per_worker_not_none.items() if much}
+        gone = draining_nodes()
+        return sum(
+            int(min(free.get(name, 0) // much for name, much in each.items()))
+            for node, free in free_resources().items()
+            if node not in gone
+        )
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         decision = super().make_decision_for_non_running_worker_group()
         if not isinstance(decision, NoopDecision):
-            self._waiting_since = None
+            self._waiting_since, self._tried = None, True
             return decision
         now, limit = time.monotonic(), self._failures.wait_seconds
         if self._waiting_since is None:
@@ -294,9 +337,21 @@ class _EvenSizes(ElasticScalingPolicy):
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
-        if isinstance(decision, ResizeDecision) and decision.num_workers > worker_group_state.num_workers:
-            self._board.ask.remote(Ask.RESTART)  # they save, end by themselves, and are counted anew
+        self._tried = False
+        running = worker_group_state.num_workers
+        if isinstance(decision, ResizeDecision) and running < decision.num_workers <= running + self._free_workers():
+            self._board.ask.remote(Ask.GROW)  # they save, end by themselves, and are counted anew
         return NoopDecision()
+
+
+def free_resources() -> dict[str, dict[str, float]]:
+    """What is free on each node."""
+    return ray._private.state.available_resources_per_node()
+
+
+def draining_nodes() -> set[str]:
+    """Nodes that were told to go."""
+    return set(ray._private.state.state.get_draining_nodes())
 
 
 # ------------------------------------------------------------------------------------------------------- each worker

@@ -45,12 +45,13 @@ class Keeper:
         if self.ledger is not None:
             self.ledger.add(step, batch)
 
-    def save(self, step: int, wait: bool) -> None:
-        """Begin a checkpoint of a finished step; `wait`: until it is there, or has failed."""
+    def save(self, step: int, wait: bool) -> bool:
+        """Begin a checkpoint of a finished step; `wait`: until it is there, or has failed. Returns whether it is."""
         self.saver.finish(self.all_reduce)  # the one before, where storage takes longer than the steps between
         self.saver.begin(step, self.spans(), self.ledger.take() if self.ledger is not None else b"")
         if wait:
             self.saver.finish(self.all_reduce)
+        return self.saver.newest == step
 
     def check(self, step: int, needed: bool) -> None:
         """End the run where too little of it is kept.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -55,8 +56,9 @@ def train(recipe: Recipe, view: View) -> Outcome:
         job = prepare_job(recipe, view, stream.in_process)
         return _Monitor(job, view, began).watch(_in_process)
     fewest = recipe.train.sizes[0]
-    with session.connected(fewest, recipe.train.cpus_per_worker):
-        if cluster.on_gpus(recipe):
+    # A cluster's nodes may be on their way: train.failures.wait_seconds. This machine grows no CPUs.
+    with session.connected(0 if session.address() else fewest, recipe.train.cpus_per_worker):
+        if cluster.on_gpus(recipe) and not session.address():
             session.check(fewest, recipe.train.cpus_per_worker, 1)
         job = prepare_job(recipe, view, stream.spread)
         return _Monitor(job, view, began).watch(cluster.run)
@@ -139,22 +141,27 @@ class _Monitor:
                 self._wait(over)
         finally:
             self._recording(self._log.close)
-        if failed:
+        if failed and not (self.stop_requested() and isinstance(failed[0], ResourceError)):  # stopped while it waited
             raise failed[0]
+        done = done or [at]
         seconds = time.monotonic() - self._began
         return Outcome(done[0], self._total, done[0] - at, seconds, self._first, self._signal)
 
     def _wait(self, over: threading.Event) -> None:
         """Until the thread is over. SIGTERM, which schedulers and `ray job stop` send, asks for the same as Ctrl-C."""
         came: list[int] = []
+        told = 0.0
         with session.handling(lambda number, _: came.append(number)):
             # Not by joining the thread: Python 3.11 takes one for ended once a signal has interrupted join().
             while not over.wait(0.2):
                 if came and self._signal is None:
-                    self._signal = came[0]
+                    self._signal, told = came[0], time.monotonic()
+                    came.clear()
                     self._view.line("stopping after this step, with a checkpoint; Ctrl-C again to stop at once")
-                if len(came) > 1:
+                # Schedulers repeat SIGTERM, and a terminal's Ctrl-C can reach a process twice.
+                if signal.SIGINT in came and time.monotonic() - told > 1:
                     raise KeyboardInterrupt
+                came.clear()
 
     # What the workers report, and what they are asked.
 
@@ -230,6 +237,6 @@ def _in_process(job: worker.Job, monitor: _Monitor) -> int:
 
     while True:
         try:
-            return worker.run(alone, layout, batches, monitor)
+            return worker.run(alone, job.start(), layout, batches, monitor)
         except worker.Restart as restart:
             monitor.say(f"starting again: {restart}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
@@ -25,11 +25,15 @@ NAMED = 16  # samples of each worker that an error names
 
 
 class Ask(IntEnum):
-    """What is asked of the loop: to go on, to save and make room for another start, or to save and end."""
+    """What is asked of the loop; each but the first ends it after the step under way, with a checkpoint."""
 
     NOTHING = 0
-    RESTART = 1
-    STOP = 2
+    GROW = 1
+    """To make way for more workers."""
+    LEAVE = 2
+    """To make way, as a worker has to go."""
+    STOP = 3
+    """To end the run."""
 
 
 class Link(Protocol):
@@ -45,7 +49,7 @@ class Link(Protocol):
         """Take a row of metrics; called by rank 0."""
 
     def asked(self) -> Ask:
-        """What is asked; every rank is asked before each step, and the largest of their answers counts."""
+        """What is asked; every rank is asked in each step, and the largest of their answers counts."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +63,23 @@ class StepResult:
     notes: list[float]
 
 
-def train_step(strategy: Strategy, batch: Batch, settings: Train, lr: float, notes: Sequence[float] = ()) -> StepResult:
+def train_step(
+    strategy: Strategy, batch: Batch, settings: Train, lr: float, notes: Callable[[], Sequence[float]] = tuple
+) -> StepResult:
     """One optimizer step: the sum of gradients over all target tokens of the global batch, divided by their number.
 
     The divisor is global, so the step does not depend on how rows lie over workers, micro-batches and padding.
 
     Args:
         batch: this worker's rows of the step.
-        notes: numbers that travel along with a sum over the workers that is needed anyway.
+        notes: gives numbers that travel along with a sum over the workers that is needed anyway, late in the step.
 
     Raises:
         _NotFinite: the loss or the gradient is not finite; nothing has been updated (but see optimizer.in_backward).
     """
     device = strategy.layout.device
     targets = int(np.count_nonzero(batch.rows.flags & pack.TRAINED))
-    shared = torch.tensor([targets, *notes], dtype=torch.float64, device=device)
-    tokens, *summed = strategy.all_reduce(shared).tolist()
+    tokens = strategy.all_reduce(torch.tensor(targets, dtype=torch.float64, device=device)).item()
     strategy.begin(lr)
     losses: list[torch.Tensor] = []
     parts = list(micro_batches(batch.rows, settings.micro_batch))
@@ -83,7 +88,9 @@ def train_step(strategy: Strategy, batch: Batch, settings: Train, lr: float, not
             loss = strategy.module(*tensors(micro, device))
         losses.append(loss.detach())
         strategy.backward(loss / tokens, last=len(losses) == len(parts))
-    mean = strategy.all_reduce(torch.stack(losses).sum()).item() / tokens
+    noted = torch.tensor(notes(), dtype=torch.float64, device=device)
+    total, *summed = strategy.all_reduce(torch.cat((torch.stack(losses).double().sum()[None], noted))).tolist()
+    mean = total / tokens
     norm = strategy.step(settings.clip_norm).item() if np.isfinite(mean) else np.nan
     if not np.isfinite(norm):
         raise _NotFinite(mean, norm, torch.stack(losses).tolist())
@@ -114,6 +121,7 @@ def train(
     layout = strategy.layout
     stream = iter(batches)
     finished, asked = start, Ask.NOTHING
+    deaf = 0  # up to this step, a wish to grow is not heard
     for step in range(start, total):
         waited = time.perf_counter()
         batch = next(stream, None)
@@ -127,15 +135,12 @@ def train(
             )
         meter.waited(time.perf_counter() - waited)
         lr = learning_rate(settings.schedule, settings.optimizer.lr, step, total)
-        wish = link.asked()
-        notes = [wish == Ask.RESTART, wish == Ask.STOP, *keeper.signals()]
         try:
-            result = train_step(strategy, batch, settings, lr, notes)
+            result = train_step(strategy, batch, settings, lr, lambda: [*wishes(link), *keeper.signals()])
         except _NotFinite as fault:
             raise _explain(fault, step, batch, order, strategy.layout, settings) from None
-        restarts, stops, *saved = result.notes
-        asked = Ask.STOP if stops else Ask.RESTART if restarts else Ask.NOTHING
-        keeper.advance(saved)
+        asked = max((ask for ask, number in zip(WISHES, result.notes, strict=False) if number), default=Ask.NOTHING)
+        keeper.advance(result.notes[len(WISHES) :])
         finished = step + 1
         keeper.used(finished, batch)
         row = meter.step(finished, result.loss, result.norm, lr, batch.rows)
@@ -144,11 +149,15 @@ def train(
             assert held_out is not None
             row["eval_loss"] = evaluate(strategy, held_out, settings.micro_batch)
             meter.pause()
+        if asked is Ask.GROW and finished < deaf:
+            asked = Ask.NOTHING
         ending = asked is not Ask.NOTHING or finished == total
         saving = ending or due(settings.checkpoint.every, finished, total)
         if saving:
             began = time.perf_counter()
-            keeper.save(finished, wait=ending or not settings.checkpoint.background)
+            saved = keeper.save(finished, wait=ending or not settings.checkpoint.background)
+            if asked is Ask.GROW and not saved and finished < total:  # to start again now would cost steps
+                asked, ending, deaf = Ask.NOTHING, False, finished + settings.checkpoint.every
             row["checkpoint_seconds"] = time.perf_counter() - began
             meter.pause()
         if layout.rank == 0 and (
@@ -159,6 +168,15 @@ def train(
         if ending:
             break
     return finished, Ask.NOTHING if finished == total else asked
+
+
+WISHES = (Ask.GROW, Ask.LEAVE, Ask.STOP)
+
+
+def wishes(link: Link) -> list[float]:
+    """What is asked of this worker, as numbers to be summed: one for each of `WISHES`."""
+    asked = link.asked()
+    return [float(asked is wish) for wish in WISHES]
 
 
 def evaluate(strategy: Strategy, order: Order, micro_batch: int) -> float:

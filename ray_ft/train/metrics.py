@@ -105,13 +105,13 @@ class MetricsLog:
         self._remote = paths.is_uri(run.root)
         self._behind = False  # whether the file lacks rows that could not be written
         self._folder = tempfile.mkdtemp(prefix="ray_ft_tb_") if self._remote else run.tensorboard
-        self._open(start)
+        self._open(start if start else None)
         self._write()
 
-    def _open(self, start: int) -> None:
+    def _open(self, start: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(self._folder, purge_step=start + 1 if start else None)
+        self._writer = SummaryWriter(self._folder, purge_step=None if start is None else start + 1)
 
     def _write(self) -> None:
         paths.write_text(self._run.metrics, "".join(json.dumps(row) + "\n" for row in self._rows))

@@ -33,6 +33,8 @@ from ray_ft.train.shards import Stopped, Written
 
 #: Seconds for which training waits, after a failed save, for a thread in a call to storage that does not return.
 PATIENCE = 30.0
+#: Seconds without a block written or a call to storage answered, after which a save is given up.
+SILENCE = 600.0
 
 
 class Saver:
@@ -121,6 +123,7 @@ class Saver:
         save = self._save
         if save is None:
             return 0.0, 0.0, 0.0
+        save.check_alive()
         save.offered = save.written
         return float(save.offered), float(save.failed), float(save.committed)
 
@@ -166,6 +169,8 @@ class Saver:
         if save is not None:
             # Where the others may have been told that this part is written, rank 0 may be committing it.
             self._end(save, _Verdict.DONE if save.offered else _Verdict.ABANDON)
+        if self._stuck is None:
+            self._host.free()
 
     def _note_leftovers(self, mine: str) -> None:
         """What other attempts have left uncommitted, as of this one's first save; what they write later is not looked
@@ -214,6 +219,7 @@ class _Save:
         self.spans: dict[str, Span] = {}
         self.written = self.failed = self.committed = False
         self.reason: str | None = None
+        self.heard = time.monotonic()
         self.offered = False  # once the others may know that this part is written, it is theirs to count on
         self.changed = threading.Event()
         self.lines: list[str] = []
@@ -233,6 +239,20 @@ class _Save:
         self.reason, self.failed = reason, True
         self.changed.set()
 
+    def check_alive(self) -> None:
+        """Fail where the thread is stuck in a call to storage, or has died: the other workers must hear of it."""
+        if not self.busy() or self.thread.ident is None:
+            return
+        silent = time.monotonic() - self.heard
+        if not self.thread.is_alive() and self.busy():
+            self.fail("its thread has died")
+        elif silent > SILENCE:
+            self.fail(f"storage has not answered for {silent:.0f} s")
+
+    def _stopped(self) -> bool:
+        self.heard = time.monotonic()
+        return self._abandoned.is_set()
+
     def busy(self) -> bool:
         """Whether the thread is at work, not waiting to be told something."""
         at_work = not self.written or (self._verdict is _Verdict.COMMIT and not self.committed)
@@ -244,14 +264,18 @@ class _Save:
             self.written = True
             self.changed.set()
             if self._hear() is _Verdict.COMMIT:
+                self.heard = time.monotonic()
                 self._commit()
                 self.committed = True
                 self.changed.set()
         except Stopped:
             pass
         except Exception as error:  # of any kind: the other workers must hear of it, and training goes on
-            self._clean()  # before anybody hears: then the space is there again
-            self.fail(error.what if isinstance(error, RayFtError) else f"{type(error).__name__}: {_first_line(error)}")
+            try:
+                self._clean()  # before anybody hears: then the space is there again
+            finally:
+                why = error.what if isinstance(error, RayFtError) else f"{type(error).__name__}: {_first_line(error)}"
+                self.fail(why)
             return
         if self._abandoned.is_set() and not self.committed:
             self._clean()
@@ -264,9 +288,7 @@ class _Save:
     def _write(self) -> None:
         if self.rank == 0:
             self.saver._note_leftovers(self.location)
-        written = patiently(
-            lambda: shards.write(self.location, self.rank, self.spans, self._abandoned.is_set), self._abandoned
-        )
+        written = patiently(lambda: shards.write(self.location, self.rank, self.spans, self._stopped), self._abandoned)
         if self.ledger:
             self._put(_ledger_name(self.rank), self.ledger)
         self._put(_part_name(self.rank), json.dumps({**written, "ledger": bool(self.ledger)}).encode())
@@ -310,10 +332,11 @@ class _Save:
         from ray_ft.data.ledger import merge
 
         folder = self.saver._ledger_folder
-        before = max((step for step, _ in checkpoint.committed(self.saver._folder) if step < self.step), default=0)
+        kept = {step for step, _ in checkpoint.committed(self.saver._folder)}
+        before = max((step for step in kept if step < self.step), default=0)
         for entry in patiently(lambda: paths.list_dir(folder), self._abandoned):
             match = re.fullmatch(r"step_(\d+)\.jsonl", entry)
-            if match and not 0 < int(match[1]) <= before and int(match[1]) != self.step:
+            if match and not 0 < int(match[1]) <= before and int(match[1]) not in {self.step, *kept}:
                 stale = paths.join(folder, entry)
                 patiently(lambda place=stale: paths.delete_file(place), self._abandoned)  # type: ignore[misc]
         merged = merge(ledgers)
@@ -352,29 +375,49 @@ class _HostCopy:
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._pinned = False
+
+    def _pin(self) -> None:
+        # Not by `pin_memory=True`: PyTorch's allocator of pinned memory takes the next power of two.
+        error = torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), self._buffer.numel(), 0)
+        self._pinned = int(error) == 0
+        if not self._pinned:  # the copy is slower then, and waits
+            with contextlib.suppress(RuntimeError):  # PyTorch reports the refusal with its next kernel, and forgets it
+                torch.zeros(1, device="cuda")
+
+    def free(self) -> None:
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
+        self._buffer, self._pinned = torch.empty(0, dtype=torch.uint8), False
 
     def copy(self, spans: Mapping[str, Span]) -> dict[str, Span]:
         """Copies of what this worker owns of `spans`; the next call overwrites them."""
         mine = shards.owned(spans)
-        size = sum(span.data.numel() * span.data.element_size() for span in mine.values())
+        size = sum(_aligned(span.data.nbytes) for span in mine.values())
         device = next((span.data.device for span in mine.values() if span.data.is_cuda), None)
         if self._buffer.numel() < size:
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one is freed first
-            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=device is not None)
+            self.free()  # before the new one is there
+            self._buffer = torch.empty(size, dtype=torch.uint8)
+            if device is not None:
+                self._pin()
         side = torch.cuda.Stream(device) if device is not None else None
         if side is not None:
             side.wait_stream(torch.cuda.current_stream(device))
         copies, at = {}, 0
         with torch.cuda.stream(side) if side is not None else contextlib.nullcontext():
             for name, span in mine.items():
-                stop = at + span.data.numel() * span.data.element_size()
-                data = self._buffer[at:stop].view(span.data.dtype)
+                data = self._buffer[at : at + span.data.nbytes].view(span.data.dtype)
                 data.copy_(span.data.detach(), non_blocking=side is not None)
                 copies[name] = Span(data, span.start, span.shape)
-                at = stop
+                at += _aligned(span.data.nbytes)
         if side is not None:
             side.synchronize()
         return copies
+
+
+def _aligned(size: int) -> int:
+    """Up to a multiple of 16 bytes, so that a tensor of any type can begin behind it."""
+    return -(-size // 16) * 16
 
 
 def _part_name(rank: int) -> str:

@@ -50,13 +50,16 @@ class Job:
     def order(self) -> Order:
         return Order.of(self.recipe, self.train)
 
-    def start(self) -> checkpoint.Found | None:
-        """The checkpoint to resume from; the same answer for everyone who asks before the next one is committed.
+    def start(self, on_broken: Callable[[str, str], None] | None = None) -> checkpoint.Found | None:
+        """The checkpoint to resume from. Asked once for each start: a worker cut off may still commit one later.
+
+        Args:
+            on_broken: see `checkpoint.newest`.
 
         Raises:
             CheckpointError: it belongs to other data or another batch size, so its position means other rows.
         """
-        found = checkpoint.newest(self.recipe.run.dir.checkpoints)
+        found = checkpoint.newest(self.recipe.run.dir.checkpoints, on_broken)
         for key, value in self.identity().items() if found else ():
             assert found is not None
             if (before := found.state.get(key)) == value:
@@ -108,11 +111,17 @@ class Restart(Exception):
         return self.why
 
 
-def run(job: Job, layout: Layout, batches_from: BatchesFrom, link: Link, leaving: Callable[[], bool] = bool) -> int:
+def run(
+    job: Job,
+    found: checkpoint.Found | None,
+    layout: Layout,
+    batches_from: BatchesFrom,
+    link: Link,
+) -> int:
     """Build everything, resume where the run stands, train to the end. Returns the steps finished.
 
     Args:
-        leaving: says whether this worker was told to go.
+        found: what `Job.start` said, once for all workers and for who gives them their rows.
 
     Raises:
         Restart: the workers are wanted anew: they were asked for it, one has to go, or the checkpoint proved damaged.
@@ -127,9 +136,10 @@ def run(job: Job, layout: Layout, batches_from: BatchesFrom, link: Link, leaving
     order = job.order
     held_out = Order.once(job.held_out) if job.held_out else None
     total = total_steps(recipe, order)
-    found = job.start()
     start = found.step if found else 0
     if start >= total:
+        if layout.rank == 0:
+            link.begin(start, layout.world, 0.0)
         return start
     # Of dropout: other masks on each worker, and others after resuming than at the start.
     torch.manual_seed(rounding.seed_of(recipe.run.seed, start, f"worker {layout.rank}") >> 1)
@@ -164,10 +174,11 @@ def run(job: Job, layout: Layout, batches_from: BatchesFrom, link: Link, leaving
         keeper = Keeper(saver, partial(state, strategy), partial(sum_over_workers, strategy), ledger)
         meter = Meter(layout, built.flops_per_token)
         finished, asked = train(strategy, batches, order, held_out, recipe.train, start, total, keeper, link, meter)
-    if asked is Ask.RESTART:
-        if sum_over_workers(strategy, torch.tensor(float(leaving()))).item():
-            raise Restart(f"a worker was told to go; saved at step {finished}", preempted=True)
+    if asked is Ask.GROW:
         raise Restart(f"there is room for more workers; saved at step {finished}")
+    if asked is Ask.LEAVE:
+        kept = f"saved at step {finished}" if saver.newest == finished else f"step {finished} could not be saved"
+        raise Restart(f"a worker was told to go; {kept}", preempted=True)
     return finished
 
 
@@ -187,8 +198,10 @@ def restore(found: checkpoint.Found, strategy: Strategy, link: Link) -> None:
     if any(damages):
         why = next(text for text in damages if text)
         if rank == 0:
-            aside = checkpoint.set_aside(found.location, why)
-            link.say(f"set aside {aside}: {why}")
+            if checkpoint.is_committed(found.location):
+                link.say(f"set aside {checkpoint.set_aside(found.location, why)}: {why}")
+            else:  # another command of this run has newer ones
+                link.say(f"{found.location} was deleted meanwhile")
         said_by_all(strategy, "")  # nobody looks for the newest before it has another name
         raise Restart(f"the checkpoint of step {found.step} is damaged")
     strategy.restored()

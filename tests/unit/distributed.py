@@ -194,7 +194,7 @@ def run_job(
     def batches(order: Any, start: int, total: int) -> Any:
         return stream.local_batches(order, start * rows, total * rows, rank, world, share)
 
-    finished = worker.run(job, Layout(rank, world, torch.device("cpu"), torch.float32), batches, link)
+    finished = worker.run(job, job.start(), Layout(rank, world, torch.device("cpu"), torch.float32), batches, link)
     return finished, link.rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import random
 import socket
@@ -85,10 +86,8 @@ class Faulty:
             do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward
 
             def finish(self) -> None:
-                try:
+                with contextlib.suppress(OSError):  # broken off above
                     super().finish()
-                except OSError:
-                    pass  # broken off above
 
             def log_message(self, *args: Any) -> None:
                 pass
@@ -105,14 +104,13 @@ class Faulty:
     def draw(self) -> str:
         with self._lock:
             at = self._rng.random()
+            drawn = "good"
             for fault, rate in self.rates.items():
-                if at < rate:
-                    break
+                if 0 <= at < rate:
+                    drawn = fault
                 at -= rate
-            else:
-                fault = "good"
-            self.counts[fault] += 1
-            return fault
+            self.counts[drawn] += 1
+            return drawn
 
     def __enter__(self) -> Faulty:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)

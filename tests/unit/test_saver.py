@@ -1,4 +1,4 @@
-"""Saving behind the back of training: what is committed is what was there at `begin`, whoever dies or fails meanwhile."""
+"""Saving behind the back of training: what is committed is what was there at `begin`, whoever dies or fails."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_the_host_copy_is_made_once_and_used_again(tmp_path: Path) -> None:
     save(keeper, 1)
     first = keeper._host._buffer.data_ptr()
     save(keeper, 2)
-    assert keeper._host._buffer.data_ptr() == first and keeper._host._buffer.numel() == SIZE * 4 + 4
+    assert keeper._host._buffer.data_ptr() == first and keeper._host._buffer.numel() < SIZE * 4 + 64
     assert keeper.blocked_seconds > 0
 
 
@@ -335,7 +335,7 @@ def test_a_call_to_storage_that_does_not_return_stops_no_training(
         return real(*args)
 
     monkeypatch.setattr(shards, "write", stuck)
-    keeper, lines = make(tmp_path)
+    keeper, _ = make(tmp_path)
     keeper.begin(1, state_of(0, 1, 1))
     assert keeper.signals() == (0, 0, 0)
     keeper.advance(0, 1, 0)  # another worker failed
@@ -362,7 +362,7 @@ def test_who_was_cut_off_and_writes_on_reaches_nothing_of_the_new_attempt(
     released, real = threading.Event(), shards.write
 
     def slow(folder: str, rank: int, spans: Any, *rest: Any) -> Any:
-        written = real(folder, rank, spans, *rest)
+        real(folder, rank, spans, *rest)
         released.wait(60)
         return real(folder, rank, spans, *rest)
 
@@ -496,3 +496,15 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_line_and_stays_for_the_next_ti
     assert len(lines) == 1 and "could not be deleted: [Errno 13] Permission denied" in lines[0]
     save(keeper, 3)
     assert checkpoint.steps(str(tmp_path)) == [3]
+
+
+def test_types_of_every_width_lie_side_by_side_in_the_copy(tmp_path: Path) -> None:
+    keeper, _ = make(str(tmp_path))
+    kinds = {"model/a": torch.uint8, "model/b": torch.bfloat16, "model/c": torch.float32, "model/d": torch.int64}
+    spans = {name: Span.whole(torch.arange(3).to(dtype)) for name, dtype in kinds.items()}  # odd numbers of bytes
+    keeper.begin(1, spans)
+    keeper.finish(lambda sums: sums)
+    assert keeper.newest == 1, keeper.last_error
+    found = {name: Span.whole(torch.zeros(3, dtype=dtype)) for name, dtype in kinds.items()}
+    checkpoint.restore(checkpoint.committed(str(tmp_path))[-1][1], found)
+    assert all(torch.equal(found[name].data, spans[name].data) for name in kinds)

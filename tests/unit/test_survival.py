@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import ray
-from ray.exceptions import ActorDiedError
+import torch
+from ray.exceptions import ActorDiedError, ObjectLostError, RaySystemError
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
     WorkerGroupStartupTimeoutError,
@@ -22,8 +25,9 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from ray_ft.errors import CheckpointError, ResourceError
 from ray_ft.recipe import Failures
+from ray_ft.train import board as board_module
 from ray_ft.train import checkpoint, controller
-from ray_ft.train.board import Board
+from ray_ft.train.board import Board, BoardLink
 from ray_ft.train.loop import Ask
 from ray_ft.train.worker import Restart
 
@@ -56,7 +60,7 @@ def board(monkeypatch: pytest.MonkeyPatch) -> Here:
 
 
 def survival(board: Here, folder: Path, **settings: Any) -> Any:
-    return controller._Survival(Failures(**settings), str(folder), board)
+    return controller._Survival(Failures(**settings), str(folder), board, set())
 
 
 def died(rank: int = 1) -> WorkerGroupError:
@@ -117,6 +121,10 @@ def test_code_that_fails_before_the_first_step_is_not_started_again_and_lost_pee
 ) -> None:
     policy = survival(board, tmp_path)
     assert policy.make_decision(raised(TypeError("unsupported operand"))) is RAISE
+    for lost in (ObjectLostError("00" * 28, "", ""), RaySystemError("gcs"), torch.distributed.DistNetworkError("peer")):
+        assert policy.make_decision(raised(lost)) is RETRY
+        board.board._rows = 0
+        policy._failures.count = 0
     assert policy.make_decision(raised(RuntimeError("gloo: Connection closed by peer"))) is RETRY
     assert policy.make_decision(died()) is RETRY
     board.board.push("row", {"step": 1})
@@ -152,9 +160,10 @@ def test_a_line_names_the_lost_workers_and_not_what_the_others_say_of_it() -> No
 
 
 class Sizes(controller._EvenSizes):
-    """With room that the test sets; Ray's reservations are on two nodes, of which `alive` live."""
+    """With room that the test sets; Ray's reservations do not know of nodes that are lost or drain."""
 
     room: dict[str, dict[str, float]]
+    free: dict[str, dict[str, float]]
 
     def _get_reserved_resources(self) -> Any:
         return self.room
@@ -168,12 +177,15 @@ def sizes(board: Here, monkeypatch: pytest.MonkeyPatch) -> Sizes:
     from ray.train import ScalingConfig
 
     monkeypatch.setattr(controller, "LOOK_SECONDS", 0)
-    monkeypatch.setattr(
-        ray, "nodes", lambda: [{"NodeID": name, "Alive": name != "lost"} for name in ("a", "b", "lost")]
-    )
+    monkeypatch.setattr(controller, "draining_nodes", lambda: {"draining"})
+    monkeypatch.setattr(controller, "free_resources", lambda: found.free)
+    nodes = [
+        {"NodeID": name, "Alive": name != "lost", "Resources": {"CPU": 8}} for name in ("a", "b", "lost", "draining")
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
     settings = ScalingConfig(num_workers=(2, 8), resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=0)
-    found = Sizes(settings, (2, 4, 8), board, Failures(wait_seconds=50))
-    found.room = {}
+    found = Sizes(settings, (2, 4, 8), board, Failures(wait_seconds=50), "runs/a")
+    found.room, found.free = {}, {}
     return found
 
 
@@ -186,9 +198,10 @@ def sizes(board: Here, monkeypatch: pytest.MonkeyPatch) -> Sizes:
         ({"a": 3, "b": 3}, 4),
         ({"a": 9, "b": 9}, 8),
         ({"a": 2, "lost": 6}, 2),
+        ({"a": 2, "draining": 6}, 2),
     ],
 )
-def test_the_largest_size_that_shares_the_batch_and_fits_on_living_nodes(
+def test_the_largest_size_that_shares_the_batch_and_fits_on_nodes_that_stay(
     sizes: Sizes, cpus: dict[str, float], expected: int | None
 ) -> None:
     sizes.room = {node: {"CPU": number} for node, number in cpus.items()}
@@ -197,6 +210,21 @@ def test_the_largest_size_that_shares_the_batch_and_fits_on_living_nodes(
         assert isinstance(decision, NoopDecision)
     else:
         assert isinstance(decision, ResizeDecision) and decision.num_workers == expected
+
+
+def test_a_cpu_is_left_to_those_who_read_rows(sizes: Sizes, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes.room = {"a": {"CPU": 8}}
+    for cpus, expected in ((8, 4), (9, 8)):
+        monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "a", "Alive": True, "Resources": {"CPU": cpus}}])  # noqa: B023
+        decision = sizes.make_decision_for_non_running_worker_group()
+        assert isinstance(decision, ResizeDecision) and decision.num_workers == expected
+        sizes._tried = False
+
+
+def test_a_size_that_could_not_be_placed_is_not_tried_again_where_others_hold_the_room(sizes: Sizes) -> None:
+    sizes.room, sizes.free = {"a": {"CPU": 8}}, {"a": {"CPU": 5}, "draining": {"CPU": 8}}
+    decisions = [sizes.make_decision_for_non_running_worker_group() for _ in range(2)]
+    assert [decision.num_workers for decision in decisions if isinstance(decision, ResizeDecision)] == [8, 4]
 
 
 def test_too_little_room_is_waited_for_and_is_an_error_in_the_end(
@@ -212,11 +240,22 @@ def test_too_little_room_is_waited_for_and_is_an_error_in_the_end(
         sizes.make_decision_for_non_running_worker_group()
 
 
-@pytest.mark.parametrize(("running", "asked"), [(2, Ask.RESTART), (4, Ask.NOTHING), (8, Ask.NOTHING)])
-def test_a_running_group_is_asked_to_make_way_for_a_larger_one_and_never_killed(
-    sizes: Sizes, board: Here, running: int, asked: Ask
+def test_resources_are_reserved_under_the_runs_own_name(sizes: Sizes, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+    monkeypatch.setattr(sizes, "_send_resource_request", lambda: sent.append(str(sizes._requester_id)))
+    sizes.after_controller_start(None)
+    assert sent == ["train-runs/a"]
+    assert sizes._coordinator_client is not None and sizes._coordinator_client._requester_id == "train-runs/a"
+
+
+@pytest.mark.parametrize(
+    ("running", "free", "asked"),
+    [(2, 2, Ask.GROW), (2, 1, Ask.NOTHING), (4, 4, Ask.NOTHING), (8, 4, Ask.NOTHING)],
+)
+def test_a_running_group_is_asked_to_make_way_for_a_larger_one_that_fits_and_never_killed(
+    sizes: Sizes, board: Here, running: int, free: int, asked: Ask
 ) -> None:
-    sizes.room = {"a": {"CPU": 5}}
+    sizes.room, sizes.free = {"a": {"CPU": 5}}, {"a": {"CPU": free}}
 
     class State:
         num_workers = running
@@ -229,14 +268,38 @@ def test_a_running_group_is_asked_to_make_way_for_a_larger_one_and_never_killed(
 # ------------------------------------------------------------------------------------------------ board, surroundings
 
 
-def test_a_wish_to_stop_outlives_one_to_restart_which_a_new_start_fulfils() -> None:
+def test_workers_hear_what_is_asked_and_a_new_start_does_not_hear_what_it_fulfils(
+    board: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(board_module, "LISTEN_SECONDS", 0.01)
+    told = [False]
+    link = BoardLink(board, 0, lambda: told[0])
+    board.board.ask(Ask.GROW)
+    link.begin(3, 2, 0.1)
+    for _ in range(20):
+        time.sleep(0.01)
+        assert link.asked() is Ask.NOTHING  # it is the larger group
+    told[0] = True
+    assert link.asked() is Ask.LEAVE
+    board.board.ask(Ask.STOP)
+    deadline = time.monotonic() + 5
+    while link.asked() is not Ask.STOP:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    link.close()
+    [listening] = [thread for thread in threading.enumerate() if thread.name == "ray-ft-board"]
+    listening.join()  # else it would call Ray itself after this test
+    assert BoardLink(board, 1, lambda: told[0]).asked() is Ask.LEAVE
+
+
+def test_a_wish_to_stop_outlives_one_to_grow_which_a_new_start_fulfils() -> None:
     board = Board()
-    board.ask(Ask.RESTART)
-    assert board.asked() is Ask.RESTART
+    board.ask(Ask.GROW)
+    assert board.asked() is Ask.GROW
     board.push("begin", (7, 2, 0.5))
     assert (board.asked(), board.finished()) == (Ask.NOTHING, 7)
     board.ask(Ask.STOP)
-    board.ask(Ask.RESTART)
+    board.ask(Ask.GROW)
     board.push("begin", (7, 2, 0.5))
     assert board.asked() is Ask.STOP
 
