@@ -20,7 +20,6 @@ from ray_ft.recipe import AnySource, Recipe, Source
 WAYS_BACK = (
     "put the file back as it was, to continue",
     "train under another run.name, which prepares the data as it is now",
-    "data.cache=auto keeps the tokens, so that a run in progress no longer needs its files",
 )
 
 

@@ -185,9 +185,9 @@ class Order:
         return order
 
     @classmethod
-    def once(cls, prepared: Prepared, window_rows: int = 4096) -> Order:
-        """Every row once, as prepared: for evaluation."""
-        return cls(prepared, 0, False, window_rows, 1)
+    def once(cls, prepared: Prepared, window_rows: int | None = None) -> Order:
+        """Every row once, as prepared: for evaluation. A window is held in memory: by default 4 million tokens."""
+        return cls(prepared, 0, False, window_rows or max(4_000_000 // prepared.seq_len, 1), 1)
 
     @property
     def rows(self) -> int:
@@ -280,6 +280,8 @@ class Order:
         """(number, rows of the epoch before it, parts) of each window from the one that holds row `offset` on."""
         spans = [(source.start(epoch), source.start(epoch + 1)) for source in self._sources]
         windows = -(-sum(end - begin for begin, end in spans) // self._window)
+        if not windows:  # weights so small that this epoch takes no row
+            return
         # Where the shares are no whole numbers, sources round up in different windows.
         shift = [at * windows // len(spans) for at in range(len(spans))]
 

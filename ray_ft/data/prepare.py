@@ -73,7 +73,6 @@ def prepare(
     wanted: Sequence[AnySource] = getattr(recipe.data, split)
     files = all_files(wanted)
     tokenizer = load_tokenizer(model_folder)
-    check_before(wanted, files, has_template=bool(tokenizer.chat_template))
     identity = {
         "format": FORMAT,
         "sources": identities.of_sources(wanted),
@@ -91,6 +90,7 @@ def prepare(
     cached = recipe.data.cache == "auto" or split == "eval"
     prepared = load(location, recipe, split, model_folder, reused=True)
     if prepared is None or (cached and prepared.render is not None):
+        check_before(wanted, files, has_template=bool(tokenizer.chat_template))
         chunks = [chunk for number, file in files for chunk in sources.chunks_of(file, number)]
         _run(_Work.of(recipe, split, location, model_folder, identity), chunks, cached, identity, spread, on_progress)
         prepared = load(location, recipe, split, model_folder)

@@ -213,4 +213,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
             f"the tokenizer in {folder!r} is a slow one ({type(tokenizer).__name__}); character offsets are needed",
             ["add a tokenizer.json: AutoTokenizer.from_pretrained(…, use_fast=True).save_pretrained(folder)"],
         )
+    # tokenizer.json may ask for both, and rows would be cut, or padded to their neighbours' length, without a word.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer

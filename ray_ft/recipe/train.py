@@ -62,13 +62,13 @@ class Failures(Section):
     """Failures in a row, without a new checkpoint between them, that are survived; 0: the first one ends the run."""
     max_preemptions: Annotated[int, Field(ge=0)] | None = None
     """Preemptions of nodes or workers that are survived, beside max_failures; null: any number."""
-    hang_seconds: Annotated[float, Field(gt=0)] = 90
+    hang_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 90
     """A worker that does not answer for so long is taken for dead."""
-    collective_seconds: Annotated[float, Field(gt=0)] = 600
+    collective_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600
     """Workers that wait for each other for longer have failed."""
-    wait_seconds: Annotated[float, Field(gt=0)] = 1800
+    wait_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1800
     """How long a run waits for room for its workers, at the start and after losing a node."""
-    grow_seconds: Annotated[float, Field(gt=0)] = 60
+    grow_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60
     """Elastic runs: seconds between looks for room for more workers."""
 
 
@@ -121,7 +121,7 @@ class Train(Section):
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """CPUs that each worker reserves; also its number of compute threads on CPU."""
     epochs: Annotated[int, Field(ge=1)] = 1
-    """Passes over the training rows."""
+    """Epochs; each takes `weight` passes over each source."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Steps to train, in place of epochs."""
     global_batch: Annotated[int, Field(ge=1)] = 16

@@ -84,8 +84,8 @@ class BoardLink:
         self._over = threading.Event()
         self._pushed: Any = None
 
-    def begin(self, step: int, workers: int, model_seconds: float) -> None:
-        self._push("begin", (step, workers, model_seconds))
+    def begin(self, step: int, workers: int, model_seconds: float, rows: list[dict[str, float]]) -> None:
+        self._push("begin", (step, workers, model_seconds, rows))
         self.flush()  # what was asked before was asked of those who were here before
         threading.Thread(target=self._listen, name="ray-ft-board", daemon=True).start()
 

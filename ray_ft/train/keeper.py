@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,6 +13,7 @@ from ray_ft.errors import StorageError
 from ray_ft.span import Span
 from ray_ft.train.saver import Saver
 
+METRICS = "metrics"  # in a checkpoint's state: rows of metrics since the one before
 UNSAVED = 3  # checkpoints in a row that may fail before the run is ended: what it does is then not kept
 
 
@@ -30,6 +31,7 @@ class Keeper:
     spans: Callable[[], Mapping[str, Span]]
     all_reduce: Callable[[torch.Tensor], torch.Tensor]
     ledger: Ledger | None = None
+    _rows: list[dict[str, float]] = field(default_factory=list)
 
     def signals(self) -> tuple[float, ...]:
         """Numbers whose sums over all workers `advance` wants after the step."""
@@ -45,10 +47,17 @@ class Keeper:
         if self.ledger is not None:
             self.ledger.add(step, batch)
 
+    def noted(self, row: dict[str, float]) -> None:
+        """Keep a row of metrics for the next checkpoint: who logs it may be lost before it is written."""
+        self._rows.append(dict(row))  # more is added to it while a thread writes this one
+
     def save(self, step: int, wait: bool) -> bool:
         """Begin a checkpoint of a finished step; `wait`: until it is there, or has failed. Returns whether it is."""
         self.saver.finish(self.all_reduce)  # the one before, where storage takes longer than the steps between
-        self.saver.begin(step, self.spans(), self.ledger.take() if self.ledger is not None else b"")
+        if self.saver.newest is not None:  # what a committed one holds is safe
+            self._rows = [row for row in self._rows if row["step"] > self.saver.newest]
+        ledger = self.ledger.take() if self.ledger is not None else b""
+        self.saver.begin(step, self.spans(), ledger, {METRICS: list(self._rows)})
         if wait:
             self.saver.finish(self.all_reduce)
         return self.saver.newest == step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -15,11 +16,12 @@ from ray_ft import paths, session
 from ray_ft.data import stream
 from ray_ft.data.order import Order
 from ray_ft.data.prepare import Prepared, Split, check, prepare
-from ray_ft.errors import ResourceError
+from ray_ft.errors import DataError, ResourceError
 from ray_ft.recipe import Recipe
 from ray_ft.strategy import Layout
 from ray_ft.train import checkpoint, cluster, worker
 from ray_ft.train.board import Message
+from ray_ft.train.keeper import METRICS
 from ray_ft.train.loop import Ask
 from ray_ft.train.metrics import MetricsLog
 from ray_ft.train.schedule import total_steps
@@ -81,6 +83,15 @@ def prepare_job(recipe: Recipe, view: View, spread: Any) -> worker.Job:
     for split, found in job.splits.items():
         check(found, recipe, split, run.rejects)
         view.line(f"{split} data{' (prepared before)' if found.reused else ''}: {found.summary()}")
+    if not job.order.rows:
+        weights = ", ".join(
+            f"{source.weight:g} × {job.train.rows_by_source.get(number, 0)} packed rows"
+            for number, source in enumerate(recipe.data.train)
+        )
+        raise DataError(
+            f"the weights of data.train leave no row to train on: {weights}",
+            ["larger weights", "more train.epochs", "more rows"],
+        )
     for line in job.order.passes_lines(total_steps(recipe, job.order) * recipe.train.global_batch):
         view.line(line)
     return job
@@ -120,7 +131,7 @@ class _Monitor:
             return Outcome(at, self._total, 0, time.monotonic() - self._began, None)
         if found:
             self._view.line(f"resuming {recipe.run.name} at step {at} of {self._total} from {found.location}")
-        self._log = MetricsLog(run, at)
+        self._log = MetricsLog(run, at, found.state.get(METRICS, []) if found else [])
         done: list[int] = []
         failed: list[BaseException] = []
         over = threading.Event()
@@ -139,6 +150,12 @@ class _Monitor:
             with self._view.training(self._total, at, plain=recipe.train.in_process) as self._panel:
                 thread.start()
                 self._wait(over)
+        except KeyboardInterrupt:
+            if recipe.train.in_process:  # Python cannot end while the other thread computes: it would abort
+                self._view.line("stopped at once; the same command continues at the newest checkpoint")
+                self._recording(self._log.close)
+                os._exit(128 + signal.SIGINT)
+            raise
         finally:
             self._recording(self._log.close)
         if failed and not (self.stop_requested() and isinstance(failed[0], ResourceError)):  # stopped while it waited
@@ -175,7 +192,7 @@ class _Monitor:
         for kind, content in messages:
             report[kind](content)
 
-    def begin(self, step: int, workers: int, model_seconds: float) -> None:
+    def begin(self, step: int, workers: int, model_seconds: float, rows: list[dict[str, float]]) -> None:
         """Training goes on after `step` steps: for the first time, or after a failure, from a checkpoint."""
         if self._lost is not None:
             away = time.monotonic() - self._lost
@@ -183,7 +200,7 @@ class _Monitor:
                 f"training goes on at step {step} of {self._total} with {workers} workers after {away:.0f} s"
             )
         self._lost = None
-        self._recording(lambda: self._log.rewind(step))
+        self._recording(lambda: self._log.rewind(step, rows))
 
     def lost(self, why: str) -> None:
         """The workers are gone; `begin` follows if they come back."""

@@ -39,8 +39,11 @@ class Ask(IntEnum):
 class Link(Protocol):
     """What connects the loop to whoever started it."""
 
-    def begin(self, step: int, workers: int, model_seconds: float) -> None:
-        """Hear that training goes on after `step` steps, the model being built and restored; called by rank 0."""
+    def begin(self, step: int, workers: int, model_seconds: float, rows: list[dict[str, float]]) -> None:
+        """Hear that training goes on after `step` steps, the model being built and restored; called by rank 0.
+
+        `rows` are those of metrics that came with the checkpoint: they may never have reached who logs them.
+        """
 
     def say(self, line: str) -> None:
         """Take a line for people; called by rank 0."""
@@ -153,6 +156,12 @@ def train(
             asked = Ask.NOTHING
         ending = asked is not Ask.NOTHING or finished == total
         saving = ending or due(settings.checkpoint.every, finished, total)
+        logging = layout.rank == 0 and (
+            held_out_due or saving or finished == start + 1 or due(settings.log_every, finished, total)
+        )
+        if logging:
+            row = meter.row(row)
+            keeper.noted(row)
         if saving:
             began = time.perf_counter()
             saved = keeper.save(finished, wait=ending or not settings.checkpoint.background)
@@ -160,10 +169,8 @@ def train(
                 asked, ending, deaf = Ask.NOTHING, False, finished + settings.checkpoint.every
             row["checkpoint_seconds"] = time.perf_counter() - began
             meter.pause()
-        if layout.rank == 0 and (
-            held_out_due or saving or finished == start + 1 or due(settings.log_every, finished, total)
-        ):
-            link.log(meter.row(row))
+        if logging:
+            link.log(row)
         keeper.check(finished, needed=finished == total or asked is Ask.STOP)
         if ending:
             break

@@ -7,6 +7,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -95,41 +96,51 @@ def memory_gib(device: torch.device) -> float:
 class MetricsLog:
     """metrics.jsonl and TensorBoard of one run, in the process that started it.
 
-    A resumed run continues both: rows of steps that will be taken again are dropped. On object stores, which cannot
-    append, both are kept locally and uploaded by `flush`.
+    A resumed run continues both: rows of steps that will be taken again are dropped, and `known` ones, which came with
+    the checkpoint, fill gaps. On object stores, which cannot append, both are kept locally and uploaded by `flush`.
     """
 
-    def __init__(self, run: paths.RunDir, start: int) -> None:
+    def __init__(self, run: paths.RunDir, start: int, known: Sequence[dict[str, Any]] = ()) -> None:
         self._run = run
-        self._rows: list[dict[str, Any]] = [row for row in read_metrics(run) if row["step"] <= start]
+        before = read_metrics(run)
+        self._rows: list[dict[str, Any]] = _up_to(start, before, known)
         self._remote = paths.is_uri(run.root)
         self._behind = False  # whether the file lacks rows that could not be written
         self._folder = tempfile.mkdtemp(prefix="ray_ft_tb_") if self._remote else run.tensorboard
-        self._open(start if start else None)
         self._write()
+        self._open(start if start or before else None, before)
 
-    def _open(self, start: int | None) -> None:
+    def _open(self, start: int | None, before: Sequence[dict[str, Any]]) -> None:
+        """Go on with TensorBoard's curves after step `start`, where the rows so far were those of `before`."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(self._folder, purge_step=None if start is None else start + 1)
+        there = {row["step"] for row in before}
+        for row in self._rows:
+            if row["step"] not in there:
+                self._draw(row)
+
+    def _draw(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, int(row["step"]))
 
     def _write(self) -> None:
         paths.write_text(self._run.metrics, "".join(json.dumps(row) + "\n" for row in self._rows))
 
-    def rewind(self, step: int) -> None:
-        """Drop the rows of steps after `step`, which are taken again."""
-        if not self._rows or self._rows[-1]["step"] <= step:
+    def rewind(self, step: int, known: Sequence[dict[str, Any]] = ()) -> None:
+        """Drop the rows of steps after `step`, which are taken again, and add `known` ones where there is none."""
+        rows = _up_to(step, self._rows, known)
+        if rows == self._rows:
             return
-        self._rows = [row for row in self._rows if row["step"] <= step]
-        self._write()
         self._writer.close()
-        self._open(step)
+        before, self._rows = self._rows, rows
+        self._write()
+        self._open(step, before)
 
     def add(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
-        for name, value in row.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, int(row["step"]))
+        self._draw(row)
         if not self._remote:
             self._behind, behind = True, self._behind
             if behind:  # a full disk took part of a line, or none
@@ -150,6 +161,12 @@ class MetricsLog:
     def close(self) -> None:
         self.flush()
         self._writer.close()
+
+
+def _up_to(step: int, rows: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of steps up to `step`, in order; a known one where there is none of its step."""
+    found = {row["step"]: row for row in (*known, *rows) if row["step"] <= step}
+    return [found[at] for at in sorted(found)]
 
 
 def read_metrics(run: paths.RunDir) -> list[dict[str, Any]]:

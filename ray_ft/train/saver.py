@@ -85,17 +85,20 @@ class Saver:
         self._unsaved = b""
         self._leftovers: list[str] | None = None
 
-    def begin(self, step: int, spans: Mapping[str, Span], ledger: bytes = b"") -> None:
+    def begin(
+        self, step: int, spans: Mapping[str, Span], ledger: bytes = b"", notes: Mapping[str, Any] | None = None
+    ) -> None:
         """Start to save a step; nothing may be pending. What fails shows in `signals`, as the other workers must know.
 
         Args:
             ledger: this worker's lines since the last `begin`; those of a save that fails go with the next one.
+            notes: what state.json holds beside `details`; rank 0's counts.
         """
         assert self.pending is None, "a save is pending"
         began = time.perf_counter()
         self._unsaved += ledger
         location = paths.join(self._folder, checkpoint.name(step, self._next_attempt()))
-        save = _Save(self, location, step, self._unsaved)
+        save = _Save(self, location, step, self._unsaved, {**self._details, **(notes or {})})
         self.pending, self._save = step, save
         if self._stuck is not None and self._stuck.thread.is_alive():
             save.fail(f"the save of step {self._stuck.step} still waits for storage")
@@ -211,10 +214,10 @@ class _Verdict(enum.Enum):
 class _Save:
     """One worker's part in one save. The flags only ever go up."""
 
-    def __init__(self, saver: Saver, location: str, step: int, ledger: bytes) -> None:
+    def __init__(self, saver: Saver, location: str, step: int, ledger: bytes, details: dict[str, Any]) -> None:
         # A daemon: one that is stuck must not keep the process alive.
         self.thread = threading.Thread(target=self._run, name=f"save step {step}", daemon=True)
-        self.saver, self.location, self.step, self.ledger = saver, location, step, ledger
+        self.saver, self.location, self.step, self.ledger, self.details = saver, location, step, ledger, details
         self.rank = saver._rank
         self.spans: dict[str, Span] = {}
         self.written = self.failed = self.committed = False
@@ -315,7 +318,7 @@ class _Save:
             parts.append(part)
         if ledgers:
             self._write_ledger(ledgers)
-        checkpoint.commit(self.location, self.step, parts, saver._details)
+        checkpoint.commit(self.location, self.step, parts, self.details)
         # It counts. From here on nothing is worth a failed save.
         try:
             for rank in range(saver._world):

@@ -25,7 +25,7 @@ from ray_ft.recipe import Recipe
 from ray_ft.span import Span
 from ray_ft.strategy import Layout, Strategy, make
 from ray_ft.train import checkpoint, optim, rounding
-from ray_ft.train.keeper import Keeper
+from ray_ft.train.keeper import METRICS, Keeper
 from ray_ft.train.loop import Ask, Link, train
 from ray_ft.train.metrics import Meter
 from ray_ft.train.saver import Saver
@@ -65,11 +65,14 @@ class Job:
             if (before := found.state.get(key)) == value:
                 continue
             ways = ["train under another run.name", f"or set {key} back to continue this run"]
+            what = f"{found.location} was written with {key} = {before!r}, the recipe now has {value!r}"
             if key == "data.train":
-                ways += explain(self.recipe.run.storage, str(before), value)
-            raise CheckpointError(
-                f"{found.location} was written with {key} = {before!r}, the recipe now has {value!r}", ways
-            )
+                changes = explain(self.recipe.run.storage, str(before), value)
+                what = f"the data of run {self.recipe.run.name!r} changed since {found.location}: {'; '.join(changes)}"
+                ways[1] = "or put the data and its settings back to continue this run"
+            if key == "data.weights":
+                ways.append("data.weights stands for data.train.0.weight, data.train.1.weight and so on")
+            raise CheckpointError(what, ways)
         return found
 
     def identity(self) -> dict[str, Any]:
@@ -137,9 +140,10 @@ def run(
     held_out = Order.once(job.held_out) if job.held_out else None
     total = total_steps(recipe, order)
     start = found.step if found else 0
+    rows = found.state.get(METRICS, []) if found else []
     if start >= total:
         if layout.rank == 0:
-            link.begin(start, layout.world, 0.0)
+            link.begin(start, layout.world, 0.0, rows)
         return start
     # Of dropout: other masks on each worker, and others after resuming than at the start.
     torch.manual_seed(rounding.seed_of(recipe.run.seed, start, f"worker {layout.rank}") >> 1)
@@ -155,7 +159,7 @@ def run(
     if found:
         restore(found, strategy, link)
     if layout.rank == 0:
-        link.begin(start, layout.world, time.monotonic() - began)
+        link.begin(start, layout.world, time.monotonic() - began, rows)
 
     with closing(
         Saver(

@@ -166,7 +166,7 @@ class FakeLink:
     began: list[tuple[int, int]] = field(default_factory=list)
     questions: int = 0
 
-    def begin(self, step: int, workers: int, model_seconds: float) -> None:
+    def begin(self, step: int, workers: int, model_seconds: float, rows: list[dict[str, float]]) -> None:
         self.began.append((step, workers))
 
     def say(self, line: str) -> None:
@@ -217,8 +217,11 @@ class KeepNothing:
     def used(self, step: int, batch: Any) -> None:
         pass
 
-    def save(self, step: int, wait: bool) -> None:
+    def noted(self, row: dict[str, float]) -> None:
         pass
+
+    def save(self, step: int, wait: bool) -> bool:
+        return True
 
     def check(self, step: int, needed: bool) -> None:
         pass

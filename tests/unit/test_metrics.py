@@ -123,3 +123,22 @@ def test_peak_flops_by_the_devices_name(monkeypatch: pytest.MonkeyPatch) -> None
     for name, flops in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert metrics.peak_flops(torch.device("cuda")) == flops
+
+
+def test_rows_that_came_with_a_checkpoint_fill_the_gap_that_a_lost_command_left(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path))
+    log = MetricsLog(run, 0)
+    for step in (1, 2, 3):
+        log.add({"step": step, "loss": 1.0 / step})
+    log.close()
+    known = [{"step": step, "loss": 10.0 + step} for step in range(3, 7)]
+    again = MetricsLog(run, 5, known)
+    assert [(row["step"], row["loss"]) for row in read_metrics(run)] == [
+        (1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3)), (4, 14.0), (5, 15.0)
+    ]  # fmt: skip
+    again.add({"step": 6, "loss": 0.0})
+    again.rewind(4)
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4]
+    again.rewind(6, known)
+    again.close()
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4, 5, 6]

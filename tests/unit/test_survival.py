@@ -275,7 +275,7 @@ def test_workers_hear_what_is_asked_and_a_new_start_does_not_hear_what_it_fulfil
     told = [False]
     link = BoardLink(board, 0, lambda: told[0])
     board.board.ask(Ask.GROW)
-    link.begin(3, 2, 0.1)
+    link.begin(3, 2, 0.1, [])
     for _ in range(20):
         time.sleep(0.01)
         assert link.asked() is Ask.NOTHING  # it is the larger group
@@ -296,11 +296,11 @@ def test_a_wish_to_stop_outlives_one_to_grow_which_a_new_start_fulfils() -> None
     board = Board()
     board.ask(Ask.GROW)
     assert board.asked() is Ask.GROW
-    board.push("begin", (7, 2, 0.5))
+    board.push("begin", (7, 2, 0.5, []))
     assert (board.asked(), board.finished()) == (Ask.NOTHING, 7)
     board.ask(Ask.STOP)
     board.ask(Ask.GROW)
-    board.push("begin", (7, 2, 0.5))
+    board.push("begin", (7, 2, 0.5, []))
     assert board.asked() is Ask.STOP
 
 
