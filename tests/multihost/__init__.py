@@ -1,0 +1,1 @@
+"""Tests on several Ray hosts; `testbed` makes them."""

@@ -1,0 +1,55 @@
+"""Processes of this machine, by id and start time; nothing but the standard library."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def pids() -> Iterator[int]:
+    return (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/<pid>/stat from the third on: the second, the name, may hold anything."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def began(pid: int) -> int:
+    """When a process started, in clock ticks: with its id it is one process for ever. 0 where there is none."""
+    with contextlib.suppress(OSError):
+        fields = _stat(pid)
+        return 0 if fields[0] == "Z" else int(fields[19])
+    return 0
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for pid in pids():
+        with contextlib.suppress(OSError):
+            if int(_stat(pid)[1]) == parent:
+                found.append(pid)
+    return found
+
+
+def command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+
+
+def end(pid: int, start: int, number: int) -> None:
+    """Signal one process and wait until it is gone; of no effect where it ended before."""
+    if not start or began(pid) != start:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        watch = os.pidfd_open(pid)
+        try:
+            if began(pid) == start:
+                signal.pidfd_send_signal(watch, number)
+                if not select.select([watch], [], [], 20)[0]:
+                    raise TimeoutError(f"process {pid} does not end")
+        finally:
+            os.close(watch)
