@@ -197,7 +197,8 @@ class _Monitor:
         if self._lost is not None:
             away = time.monotonic() - self._lost
             self._view.line(
-                f"training goes on at step {step} of {self._total} with {workers} workers after {away:.0f} s"
+                f"training goes on at step {step} of {self._total} with {workers} worker{'s' * (workers > 1)} "
+                f"after {away:.0f} s (model in {model_seconds:.1f} s)"
             )
         self._lost = None
         self._recording(lambda: self._log.rewind(step, rows))
