@@ -22,7 +22,7 @@ from .testbed import Background, Bed
 WORKER = "^ray::RayTrainWorker"
 CONTROLLER = "^ray::TrainController"
 RESUMED = re.compile(r"(?:training goes on|resuming \S+) at step (\d+) of")
-SIZE = re.compile(r"training goes on at step \d+ of \d+ with (\d+) workers")
+SIZE = re.compile(r"training goes on at step \d+ of \d+ with (\d+) workers?\b")
 MODEL = re.compile(r"model in ([\d.]+) s")
 POLL = 0.05  # seconds
 
