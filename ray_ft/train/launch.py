@@ -19,7 +19,7 @@ from ray_ft.data.prepare import Prepared, Split, check, prepare
 from ray_ft.errors import DataError, ResourceError
 from ray_ft.recipe import Recipe
 from ray_ft.strategy import Layout
-from ray_ft.train import checkpoint, cluster, worker
+from ray_ft.train import cluster, worker
 from ray_ft.train.board import Message
 from ray_ft.train.keeper import METRICS
 from ray_ft.train.loop import Ask
@@ -121,11 +121,9 @@ class _Monitor:
 
     def watch(self, start: Any) -> Outcome:
         recipe, run = self.job.recipe, self.job.recipe.run.dir
-        for broken, why in _set_broken_aside(run.checkpoints):
-            self._view.line(f"set aside {broken}: {why}")
-        found = self.job.start()
+        found = self.job.start(lambda aside, why: self._view.line(f"set aside {aside}: {why}"))
         recipe.save()  # not before the run is known to go on with it: a refused one must not replace its own
-        self._at = at = found.step if found else 0
+        at = found.step if found else 0
         if at >= self._total:
             self._view.line(f"{recipe.run.name} is already trained: {at} of {self._total} steps")
             return Outcome(at, self._total, 0, time.monotonic() - self._began, None)
@@ -232,12 +230,6 @@ class _Monitor:
 
     def asked(self) -> Ask:
         return Ask.STOP if self.stop_requested() else Ask.NOTHING
-
-
-def _set_broken_aside(folder: str) -> list[tuple[str, str]]:
-    broken: list[tuple[str, str]] = []
-    checkpoint.newest(folder, on_broken=lambda location, why: broken.append((location, why)))
-    return broken
 
 
 def _in_process(job: worker.Job, monitor: _Monitor) -> int:

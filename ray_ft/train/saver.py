@@ -396,7 +396,7 @@ class _HostCopy:
     def copy(self, spans: Mapping[str, Span]) -> dict[str, Span]:
         """Copies of what this worker owns of `spans`; the next call overwrites them."""
         mine = shards.owned(spans)
-        size = sum(_aligned(span.data.nbytes) for span in mine.values())
+        size = sum(span.data.nbytes for span in mine.values())
         device = next((span.data.device for span in mine.values() if span.data.is_cuda), None)
         if self._buffer.numel() < size:
             self.free()  # before the new one is there
@@ -412,15 +412,10 @@ class _HostCopy:
                 data = self._buffer[at : at + span.data.nbytes].view(span.data.dtype)
                 data.copy_(span.data.detach(), non_blocking=side is not None)
                 copies[name] = Span(data, span.start, span.shape)
-                at += _aligned(span.data.nbytes)
+                at += span.data.nbytes
         if side is not None:
             side.synchronize()
         return copies
-
-
-def _aligned(size: int) -> int:
-    """Up to a multiple of 16 bytes, so that a tensor of any type can begin behind it."""
-    return -(-size // 16) * 16
 
 
 def _part_name(rank: int) -> str:
