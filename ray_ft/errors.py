@@ -29,6 +29,11 @@ class RayFtError(Exception):
         return "\n".join([self.what, *(f"  → {way}" for way in self.ways_out)])
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, for a line of another one."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 class RecipeError(RayFtError):
     """The recipe, or an override of it, is not valid. Lists all faults at once."""
 

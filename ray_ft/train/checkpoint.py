@@ -24,7 +24,7 @@ import pyarrow.fs as pafs
 import torch
 
 from ray_ft import paths
-from ray_ft.errors import CheckpointError, StorageError
+from ray_ft.errors import CheckpointError, StorageError, first_line
 from ray_ft.retry import patiently
 from ray_ft.span import Span
 from ray_ft.train import shards
@@ -99,16 +99,12 @@ def _reach(location: str, call: Callable[[str], T]) -> T:
 
 def _unreachable(location: str, error: OSError) -> StorageError:
     return StorageError(
-        f"{location} cannot be read: {_first_line(error)}",
+        f"{location} cannot be read: {first_line(error)}",
         [
             "check that every node reaches run.storage, and its credentials",
             "train again once it does: checkpoints are left as they are",
         ],
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -188,7 +184,7 @@ def _listing(location: str) -> dict[str, dict[str, int]]:
                 raise _other_format(location, found) from None
         why = "it lacks what it should hold"
     except (ValueError, TypeError) as error:
-        why = _first_line(error)
+        why = first_line(error)
     raise _damaged(location, COMMITTED, f"is not what was written: {why}")
 
 
@@ -240,7 +236,7 @@ def set_aside(location: str, why: str) -> str:
         patiently(lambda: paths.move(location, aside))
     except OSError as error:
         raise StorageError(
-            f"{location} is broken ({why}) and cannot be renamed: {_first_line(error)}",
+            f"{location} is broken ({why}) and cannot be renamed: {first_line(error)}",
             ["rename or delete it, then train again", "check the rights to run.storage"],
         ) from error
     with contextlib.suppress(OSError):  # the disk may be full; it is said elsewhere too
@@ -383,7 +379,7 @@ def delete(location: str, say: Callable[[str], None]) -> None:
             patiently(lambda: paths.delete_file(paths.join(location, COMMITTED)))
         patiently(lambda: paths.delete_dir(location))
     except OSError as error:
-        say(f"{location} could not be deleted: {_first_line(error)}")
+        say(f"{location} could not be deleted: {first_line(error)}")
 
 
 def _barrier(world: int) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from ray_ft import paths
-from ray_ft.errors import RayFtError
+from ray_ft.errors import RayFtError, first_line
 from ray_ft.retry import patiently
 from ray_ft.span import Span
 from ray_ft.train import checkpoint, shards
@@ -108,7 +108,7 @@ class Saver:
                 save.spans = self._host.copy(spans) if self._background else shards.owned(spans)
                 save.thread.start()
             except (RuntimeError, MemoryError) as error:  # no memory for the copy, or no thread
-                save.fail(f"its copy in host memory: {_first_line(error)}")
+                save.fail(f"its copy in host memory: {first_line(error)}")
         self.blocked_seconds = time.perf_counter() - began
 
     def _next_attempt(self) -> str:
@@ -277,7 +277,7 @@ class _Save:
             try:
                 self._clean()  # before anybody hears: then the space is there again
             finally:
-                why = error.what if isinstance(error, RayFtError) else f"{type(error).__name__}: {_first_line(error)}"
+                why = error.what if isinstance(error, RayFtError) else f"{type(error).__name__}: {first_line(error)}"
                 self.fail(why)
             return
         if self._abandoned.is_set() and not self.committed:
@@ -328,7 +328,7 @@ class _Save:
             checkpoint.retain(saver._folder, saver._keep, self.lines.append)
             self._delete_leftovers()
         except (OSError, RayFtError) as error:
-            self.lines.append(f"older checkpoints could not be looked through: {_first_line(error)}")
+            self.lines.append(f"older checkpoints could not be looked through: {first_line(error)}")
 
     def _write_ledger(self, ledgers: Sequence[bytes]) -> None:
         """Those of other attempts at the steps since the last checkpoint go: their work is lost, or was this one's."""
@@ -365,7 +365,7 @@ class _Save:
             if not paths.list_dir(self.location):
                 paths.delete_dir(self.location)
         except OSError as error:  # what is left does not count; rank 0 tries again after the next checkpoint
-            self.lines.append(f"{self.location} could not be deleted: {_first_line(error)}")
+            self.lines.append(f"{self.location} could not be deleted: {first_line(error)}")
         self.saver._leftovers = [*(self.saver._leftovers or []), self.location]
 
     def _delete(self, file: str) -> None:
@@ -424,7 +424,3 @@ def _part_name(rank: int) -> str:
 
 def _ledger_name(rank: int) -> str:
     return f"ledger_{rank:05d}.jsonl"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
