@@ -92,7 +92,8 @@ def training_dataset(order: Order, start: int, stop: int) -> ray.data.Dataset:
             yield columns
 
     items = [{"slice": pickle.dumps(part)} for part in order.slices(start, stop)]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    # Without any position too: a run that was lost after its last checkpoint is started once more.
+    dataset = ray.data.from_items(items, override_num_blocks=max(len(items), 1))
     dataset.context.execution_options.preserve_order = True
     return dataset.map_batches(read, batch_size=1, zero_copy_batch=True)
 
