@@ -1,0 +1,5 @@
+"""`ray-ft tune` as a Ray job; see `jobs/__init__.py`."""
+
+from jobs import run
+
+run("tune")

@@ -1,0 +1,115 @@
+"""ASHA: a trial runs to the next rung and waits there, until it is among the best of those that came as far.
+
+Asynchronous successive halving as published (Li et al., "A System for Massively Parallel Hyperparameter Tuning", MLSys
+2020): promotion, not stopping. Ray Tune's AsyncHyperBandScheduler never pauses a trial; it lets each one run on that is
+good for what came before it, so that few trials at once stop little: in a row of trials that get better, none. Here
+trials wait with a checkpoint, and go on from it as if they had never waited.
+
+With an end to the number of trials, two things more are known than in the paper: a trial that enough others have beaten
+can stop at once, and when no more trials come the best of the highest rung goes on to the end.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+
+
+class Verdict(Enum):
+    GO = "go on"
+    WAIT = "wait"
+    STOP = "stop"
+
+
+class Rungs:
+    """Who stands on which rung, and what becomes of them. Trials are known by their numbers.
+
+    Args:
+        expected: trials that will come in all.
+        first: share of a run at which the lowest rung lies; each next one `eta` times as far.
+        sign: 1 where less is better, -1 where more is.
+    """
+
+    def __init__(self, expected: int, first: float, eta: float, sign: int) -> None:
+        self.expected, self._eta, self._sign = expected, eta, sign
+        count = math.ceil(math.log(1 / first) / math.log(eta) - 1e-9)  # those below a whole run
+        self.milestones = [first * eta**k for k in range(count)]
+        self._values: list[dict[int, float]] = [{} for _ in self.milestones]
+        self._promoted: list[set[int]] = [set() for _ in self.milestones]
+        self._gone: set[int] = set()  # failed, or ended otherwise: they will not arrive anywhere
+        self._failed: set[int] = set()
+        self._finished = False
+
+    def arrived(self, number: int, progress: float, value: float) -> bool:
+        """Note a report; True where it brought the trial onto a rung."""
+        new = False
+        for rung, milestone in enumerate(self.milestones):
+            if progress + 1e-9 >= milestone and number not in self._values[rung]:
+                # NaN has no place in an order: it would put all the others anywhere too.
+                self._values[rung][number] = math.inf if math.isnan(value) else self._sign * value
+                if rung:
+                    self._promoted[rung - 1].add(number)
+                new = True
+        return new
+
+    def gone(self, number: int, *, failed: bool = False, finished: bool = False) -> None:
+        """Wait for it no more. One that failed holds nobody's place, also where it was the best."""
+        self._gone.add(number)
+        self._finished = self._finished or finished
+        if failed:
+            self._failed.add(number)
+
+    def level(self, number: int) -> int | None:
+        """The highest rung on which a trial stands, or None."""
+        return max((rung for rung, values in enumerate(self._values) if number in values), default=None)
+
+    def verdict(self, number: int) -> Verdict:
+        rung = self.level(number)
+        if rung is None or number in self._promoted[rung]:
+            return Verdict.GO
+        rank = self._rank(rung, number)
+        complete = self._complete(rung)
+        places = self._quota(len(self._values[rung])) if complete else int(len(self._values[rung]) / self._eta)
+        if rank < places:
+            return Verdict.GO
+        # Others can only make it worse; on higher rungs it is not known before how many will come.
+        places = places if complete else self._quota(self.expected)
+        never = rank >= places and (complete or rung == 0)
+        # Those that went on may fail: until one has finished, the next best waits.
+        return Verdict.STOP if never and (self._finished or rank > places) else Verdict.WAIT
+
+    def promote(self, number: int) -> None:
+        """It goes on from where it stands."""
+        if (rung := self.level(number)) is not None:
+            self._promoted[rung].add(number)
+
+    def before(self, number: int) -> tuple[int, float]:
+        """Sorts trials that may go on: the highest rung first, there the best."""
+        rung = self.level(number)
+        return (0, 0.0) if rung is None else (-rung, self._values[rung][number])
+
+    def close(self) -> None:
+        """No more trials come than have come."""
+        self.expected = len(self._values[0].keys() | self._gone) if self._values else 0
+
+    def _quota(self, count: int) -> int:
+        """How many of a complete rung go on; one at least, so that one reaches the end."""
+        return max(int(count / self._eta), 1)
+
+    def _rank(self, rung: int, number: int) -> int:
+        """How many on a rung are better."""
+        own = (self._values[rung][number], number)
+        return sum((value, one) < own for one, value in self._values[rung].items() if one not in self._failed)
+
+    def _complete(self, rung: int) -> bool:
+        """Whether nobody else will arrive on a rung."""
+        here = self._values[rung].keys() | self._gone
+        if rung == 0:
+            return len(here) >= self.expected
+        if not self._complete(rung - 1):
+            return False
+        below = self._values[rung - 1]
+        going = self._promoted[rung - 1] | {
+            number for number in below.keys() - self._failed if self._rank(rung - 1, number) < self._quota(len(below))
+        }
+        return going <= here
