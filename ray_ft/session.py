@@ -7,11 +7,14 @@ import io
 import logging
 import os
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ray_ft.errors import ResourceError
+from ray_ft import credentials
+from ray_ft.errors import CredentialError, ResourceError
 
 if TYPE_CHECKING:
     import psutil
@@ -20,6 +23,10 @@ if TYPE_CHECKING:
 #: storage, and workers that reserve every core would otherwise leave none for them.
 SPARE_CPUS = 1
 OBJECT_STORE_BYTES = 512 << 20
+#: Read before anything of ours is loaded: Ray Train's controller reaches for storage by itself. By name, as what it
+#: reads is the node's. It costs each worker its start, in place of one that waits (seen: 1.2 to 3.2 s, not 0.3).
+SECRETS_HOOK = "ray_ft.credentials.load"
+ASK_SECONDS = 10  # for the answer of a cluster that is asked whether it takes the token
 
 
 def address() -> str:
@@ -47,7 +54,7 @@ def connected(workers: int = 0, cpus_per_worker: float = 0, gpus_per_worker: int
         return
     if not address():
         _check_machine(workers, cpus_per_worker)
-    with ray_running(address(), OBJECT_STORE_BYTES):
+    with ray_running(address(), OBJECT_STORE_BYTES, secrets=True):
         _quiet()
         check(workers, cpus_per_worker, gpus_per_worker)
         yield
@@ -61,36 +68,74 @@ def gpus() -> int:
 
 
 def import_ray_for(address: str) -> None:
-    """To be called before Ray is imported: sets what Ray reads at that moment."""
-    if not address:
-        # Ray listens on its node's address. This, Ray's default on Windows and macOS, makes that address loopback.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    """To be called before Ray starts or is joined: sets what Ray reads as it is imported."""
+    if not address or address.startswith("127."):
+        # Ray listens on its node's address. This, Ray's default on Windows and macOS, makes that address loopback; and
+        # a command that joins such a Ray has to take its address for what it is.
+        loopback = os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0") == "0"
+        if loopback and "ray" in sys.modules:  # somebody imported Ray before: it has read it as it was
+            from ray._private import ray_constants
+
+            ray_constants.ENABLE_RAY_CLUSTER = False
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns about a default that will change
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # Ray has one task per core already
+    if not address:
+        # Ray would make the token's file 0644. Where it is off by RAY_AUTH_MODE, there is none to make.
+        if os.environ.get("RAY_AUTH_MODE", "token").lower() == "token" and not os.environ.get("RAY_AUTH_TOKEN"):
+            credentials.make_token()
+        _authenticate()
+    elif credentials.token():
+        # Ray shows its token to a cluster that was named to it only if told to; one without authentication ignores it.
+        _authenticate()
+    if line := credentials.close_token():
+        print(line, file=sys.stderr)
+
+
+def _authenticate() -> None:
+    """Token authentication for this process and those that it starts, unless its environment says otherwise."""
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if "ray" in sys.modules:
+        from ray._raylet import Config
+
+        Config.initialize("")
 
 
 @contextlib.contextmanager
-def ray_running(address: str, object_store_bytes: int) -> Iterator[None]:
+def ray_running(address: str, object_store_bytes: int, *, secrets: bool = False) -> Iterator[None]:
     """Connected to the cluster at `address`, or to a private one that ends with the block and leaves no process.
 
     Ray's own messages go to its log files, and this process keeps its signal handlers.
 
+    Args:
+        secrets: workers of the cluster read their node's secrets as they start. Those of a private Ray have them from
+            this process.
+
     Raises:
+        CredentialError: the cluster asks for a token, and there is none here or another one.
         ResourceError: no cluster answers at the address.
     """
     import_ray_for(address)
+    credentials.load()
     import ray
+    from ray.exceptions import AuthenticationError
 
     try:
         with _keeping_signals():
             if address:
+                _knock(address)
                 try:
-                    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+                    ray.init(
+                        address=address,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                        runtime_env={"worker_process_setup_hook": SECRETS_HOOK} if secrets else None,
+                    )
+                except AuthenticationError as error:
+                    raise _refused(address) from error
                 except (ConnectionError, RuntimeError, ValueError) as error:
-                    raise ResourceError(
-                        f"no Ray cluster answers at RAY_ADDRESS={address}: {error}",
-                        ["start it or correct the address", "unset RAY_ADDRESS to run on this machine alone"],
-                    ) from error
+                    raise _silent(address, error) from error
             else:
                 _start(object_store_bytes)
         yield
@@ -101,14 +146,66 @@ def ray_running(address: str, object_store_bytes: int) -> Iterator[None]:
             _end(started)
 
 
+def _knock(address: str) -> None:
+    """Refuse an address at which nothing listens, or that does not take this process's token: `ray.init` would try for
+    minutes, and not say why."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():  # "auto" and Ray Client's: found by Ray alone
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ASK_SECONDS).close()
+    except OSError as error:
+        raise _silent(address, error) from error
+    if _refuses(address):
+        raise _refused(address)
+
+
+def _silent(address: str, error: Exception) -> ResourceError:
+    return ResourceError(
+        f"no Ray cluster answers at RAY_ADDRESS={address}: {error}",
+        ["start it or correct the address", "unset RAY_ADDRESS to run on this machine alone"],
+    )
+
+
+def _refuses(address: str) -> bool:
+    """Whether a cluster does not take this process's token."""
+    import grpc
+
+    shows = os.environ.get("RAY_AUTH_MODE", "").lower() == "token" and credentials.token()
+    metadata = [("authorization", f"Bearer {credentials.token()}")] if shows else []
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")  # an empty message asks nothing more
+        try:
+            ask(b"", metadata=metadata, timeout=ASK_SECONDS)
+        except grpc.RpcError as error:  # any other: Ray's own way to connect says what is wrong, or can (TLS)
+            return error.code() is grpc.StatusCode.UNAUTHENTICATED
+    return False
+
+
+def _refused(address: str) -> CredentialError:
+    file = credentials.token_file()
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        why = f"none was shown (RAY_AUTH_MODE={os.environ.get('RAY_AUTH_MODE', '')})"
+    else:
+        why = "it does not take the one that was shown" if credentials.token() else f"there is none in {file}"
+    return CredentialError(
+        f"the Ray cluster at RAY_ADDRESS={address} asks for a token, and {why}",
+        [
+            f"copy the cluster's token to {file}, mode 600; on its head: ray-ft token --show",
+            "name another file: RAY_AUTH_TOKEN_PATH",
+            "leave RAY_AUTH_MODE unset, or set it to token",
+        ],
+    )
+
+
 def _start(object_store_bytes: int) -> None:
     import ray
-    from tenacity import retry, retry_if_exception_type, stop_after_attempt
+    from tenacity import retry, stop_after_attempt
 
-    # On a cold disk the first start can exceed Ray's own time limit; the second finds the files in memory.
+    # On a cold disk the first start can exceed Ray's own time limit; the second finds the files in memory. Any error,
+    # as Ray has raised a plain Exception for that; Ctrl-C is none.
     @retry(
         stop=stop_after_attempt(2),
-        retry=retry_if_exception_type((TimeoutError, RuntimeError)),
         before_sleep=lambda _: ray.shutdown(),
         reraise=True,
     )

@@ -21,6 +21,7 @@ def main() -> None:
     start.add_argument("--no-resolve", action="store_true", help="host names do not resolve")
     start.add_argument("--no-ray", action="store_true", help="hosts without Ray")
     start.add_argument("--dashboard", action="store_true", help="on the head, port 8265")
+    start.add_argument("--ssh", action="store_true", help="sshd on each host, which lets root in with the bed's key")
     start.add_argument("--share", nargs="*", default=[], help="folders below /tmp that every host sees")
     for verb, about in (
         ("kill", "the host loses its power"),
@@ -62,6 +63,7 @@ def _do(options: argparse.Namespace) -> None:
             dashboard=options.dashboard,
             ray=not options.no_ray,
             share=options.share,
+            ssh=options.ssh,
             detached=True,
         )
         bed.start()

@@ -58,23 +58,33 @@ def _die_with_parent() -> None:
 def host(folder: str, name: str) -> None:
     """A host's first process: its folders and name, then the collecting of ended processes."""
     state = json.loads(Path(folder, "bed.json").read_text())
-    stage = Path(folder, f"tmp-{os.getpid()}-{secrets.token_hex(3)}")
-    stage.mkdir()
-    _mount("-t", "tmpfs", "-o", f"size={TMP},mode=1777", "bed-tmp", stage)
-    for kept in [str(REPOSITORY), sys.prefix, sys.base_prefix, *state["share"]]:
-        if Path(kept).is_relative_to("/tmp") and kept != "/tmp":
-            inside = stage / Path(kept).relative_to("/tmp")
-            inside.mkdir(parents=True, exist_ok=True)
-            _mount("--rbind", kept, inside)
-    _mount("--move", stage, "/tmp")
+    kept = [str(REPOSITORY), sys.prefix, sys.base_prefix, *state["share"]]
+    if state["ssh"]:  # whoever comes in by ssh has a home of this host's own, and sshd a place for itself
+        _own(folder, Path.home(), "0700", kept)
+        _own(folder, Path("/run"), "0755", [str(Path(folder).parent)])
+        Path("/run/sshd").mkdir(mode=0o755)
+    _own(folder, Path("/tmp"), "1777", kept)
     _mount("-t", "tmpfs", "-o", f"size={SHM},mode=1777", "bed-shm", "/dev/shm")
     _mount("--bind", Path(folder, "etc-hosts"), "/etc/hosts")
     socket.sethostname(name)
     _reap()
 
 
+def _own(folder: str, place: Path, mode: str, kept: list[str]) -> None:
+    """A folder that is this host's alone, but for those below it that all hosts share."""
+    stage = Path(folder, f"{place.name}-{os.getpid()}-{secrets.token_hex(3)}")
+    stage.mkdir()
+    _mount("-t", "tmpfs", "-o", f"size={TMP},mode={mode}", f"bed-{place.name}", stage)
+    for share in kept:
+        if Path(share).is_relative_to(place) and Path(share) != place:
+            inside = stage / Path(share).relative_to(place)
+            inside.mkdir(parents=True, exist_ok=True)
+            _mount("--rbind", share, inside)
+    _mount("--move", stage, place)
+
+
 def _mount(*arguments: str | Path) -> None:
-    subprocess.run(["mount", *map(str, arguments)], check=True)
+    subprocess.run(["mount", "--no-mtab", *map(str, arguments)], check=True)
 
 
 def _reap() -> None:

@@ -38,7 +38,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import inside, process
+from . import inside, process, sshd
 
 ROOT = Path("/run/ray-ft-bed")
 NETWORK = "10.77.0"
@@ -110,6 +110,7 @@ class Bed:
         dashboard: whether the head has one (port 8265).
         ray: whether Ray runs on the hosts; without it they are hosts in a network.
         share: folders below /tmp that every host sees.
+        ssh: whether each host has an sshd, which lets root in with the key in `key`, and a home folder of its own.
         detached: the bed lives until `stop`, not as long as this process.
 
     Raises:
@@ -127,9 +128,10 @@ class Bed:
         dashboard: bool = False,
         ray: bool = True,
         share: Sequence[str | Path] = (),
+        ssh: bool = False,
         detached: bool = False,
     ) -> None:
-        if reason := why_not():
+        if reason := why_not() or (sshd.why_not() if ssh else None):
             raise BedError(reason)
         each = [float(cpus)] * hosts if isinstance(cpus, int | float) else [float(count) for count in cpus]
         if len(each) != hosts:
@@ -143,6 +145,7 @@ class Bed:
             "dashboard": dashboard,
             "ray": ray,
             "share": [str(Path(folder).resolve()) for folder in share],
+            "ssh": ssh,
             "detached": detached,
             "switch": 0,
             "hosts": [None] * hosts,  # process id of each host's init
@@ -182,6 +185,8 @@ class Bed:
             token.touch(mode=0o600)
             token.write_text(secrets.token_hex(32))
             self._write_names()
+            if self._state["ssh"]:
+                sshd.prepare(self.folder)
             self._start_keeper()
             self._save()
             for host in range(len(self.hosts)):
@@ -237,6 +242,11 @@ class Bed:
             lines += [f"{self.address(host)} {self.host_name(host)}" for host in range(len(self.hosts))]
         (self.folder / "etc-hosts").write_text("\n".join(lines) + "\n")
 
+    @property
+    def key(self) -> Path:
+        """The private key that every host's sshd lets in."""
+        return self.folder / "key"
+
     # ------------------------------------------------------------------------------------------------------ hosts
 
     @staticmethod
@@ -286,6 +296,8 @@ class Bed:
         self.hosts[host] = pid
         self._state[f"link{host}"] = link
         self._save()
+        if self._state["ssh"] and (said := sshd.start(self, host)):
+            raise BedError(f"sshd on host {host} does not start: {said}")
         if self._state["ray"]:
             service = f"while true; do {self._ray_command(host)}; sleep 1; done"
             self.shell(host, service, background=True, log=log)

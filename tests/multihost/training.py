@@ -200,7 +200,7 @@ class Training:
                 )
             time.sleep(POLL)
 
-    def wait_step(self, step: int, timeout: float = 120) -> None:
+    def wait_step(self, step: int, timeout: float = 240) -> None:
         self.wait(f"step {step}", lambda: self.step() >= step, timeout)
 
     def resumptions(self) -> list[int]:
