@@ -16,8 +16,11 @@ venv: ## the environment from requirements/cpu.txt (nothing if it is up to date)
 quickstart: venv ## raw rows to a served model, on two cores
 	@$(BIN)/python -m ray_ft.quickstart
 
+# Two files of unit tests at once. Those that start clusters and engines have the machine for themselves: two of them at once
+# take as long as one after the other, and run out of time.
 test: lint ## everything that this machine allows
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+	$(BIN)/python -m pytest tests/integration tests/multihost
 
 lint: venv ## style, types and the direction of imports
 	$(BIN)/ruff check --output-format concise .

@@ -1,8 +1,5 @@
 """`ray-ft evaluate` as a Ray job; see `jobs/__init__.py`."""
 
-import sys
+from jobs import run
 
-from ray_ft.cli import main
-
-sys.argv.insert(1, "evaluate")
-main()
+run("evaluate")

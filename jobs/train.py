@@ -1,8 +1,5 @@
 """`ray-ft train` as a Ray job; see `jobs/__init__.py`."""
 
-import sys
+from jobs import run
 
-from ray_ft.cli import main
-
-sys.argv.insert(1, "train")
-main()
+run("train")

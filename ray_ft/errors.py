@@ -56,6 +56,10 @@ class ResourceError(RayFtError):
     """The cluster or the machine lacks what the recipe asks for."""
 
 
+class CredentialError(RayFtError):
+    """A secret or the cluster's token is missing, wrong, or open to others."""
+
+
 class CheckpointError(RayFtError):
     """No usable checkpoint, or one that does not fit this recipe."""
 

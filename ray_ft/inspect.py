@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ray_ft import paths
 from ray_ft.data import pack
 from ray_ft.data.order import Order
 from ray_ft.data.prepare import Prepared, Split
@@ -46,7 +45,7 @@ def show(recipe: Recipe, splits: Mapping[Split, Prepared], console: Console, exa
     for line in order.passes_lines(total_steps(recipe, order) * settings.global_batch):
         console.print(line, markup=False)
     if examples:
-        tokenizer = load_tokenizer(paths.model_folder(recipe.model.path, weights=False))
+        tokenizer = load_tokenizer(recipe.model.folder(weights=False))
         console.print(Text.assemble("examples (", ("trained tokens", TRAINED_STYLE), " are the targets of the loss):"))
         for text in _examples(order, tokenizer, examples, coloured=console.is_terminal):
             console.print(text)

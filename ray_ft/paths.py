@@ -25,10 +25,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from ray_ft.errors import ModelError, ServeError, StorageError
+from ray_ft import credentials
+from ray_ft.errors import CheckpointError, ModelError, ServeError, StorageError, first_line
 
 MANIFEST = "manifest.json"
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
+SWEEP = "sweep.json"
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
 
@@ -74,16 +76,47 @@ def base_name(location: str) -> str:
     return split_query(location)[0].rpartition("/")[2]
 
 
+def run_of(location: str) -> str:
+    """The run directory that a location stands for: of a sweep's directory, its best trial's; else the location itself.
+
+    Raises:
+        CheckpointError: no trial of the sweep has reported yet, so none is the best.
+        StorageError: what the sweep has written cannot be read.
+    """
+    record = join(absolute(location), SWEEP)
+    if not exists(record):
+        return location
+    ways = [
+        "continue the sweep: ray-ft tune RECIPE --resume",
+        f"name a trial's run directory: {join(location, '0000')}",
+    ]
+    try:
+        best = read_json(record)["best"]
+        name = None if best is None else trial_name(best)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise StorageError(f"the sweep's record {record} cannot be read: {first_line(error)}", ways) from error
+    if name is None:
+        raise CheckpointError(f"the sweep {location!r} has no best trial yet: none has reported its metric", ways)
+    return join(location, name)
+
+
+def trial_name(number: int) -> str:
+    """Of a trial, in its sweep's directory."""
+    return f"{number:04d}"
+
+
 def filesystem(location: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of `location` and the path on it.
 
     pyarrow's own filesystems first (local, s3, gs, hdfs); any other protocol through fsspec.
 
     Raises:
+        CredentialError: as of `credentials.load`, for what is not local.
         StorageError: the protocol is unknown to both.
     """
     if not is_uri(location):
         return pafs.LocalFileSystem(), absolute(location)
+    credentials.load()
     try:
         return pafs.FileSystem.from_uri(location)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError):
@@ -313,8 +346,27 @@ class RunDir:
         return self.at("eval", "report.json")
 
     @property
+    def validations(self) -> str:
+        """Folder with a report for each step that was evaluated beside the training."""
+        return self.at("eval", "steps")
+
+    @property
+    def examples(self) -> str:
+        """Held-out prompts with their references, for the playground."""
+        return self.at("eval", "examples.json")
+
+    @property
+    def report(self) -> str:
+        return self.at("report.html")
+
+    @property
     def export(self) -> str:
         return self.at("export")
+
+    @property
+    def adapter(self) -> str:
+        """The export of an adapter alone, without its base."""
+        return self.at("adapter")
 
 
 @dataclass(frozen=True)
@@ -324,9 +376,12 @@ class Manifest:
     Attributes:
         folder: the Hugging Face folder that the manifest lies in (a location).
         content: the parsed JSON. Keys: ``format``, ``run``, ``step``, ``base``, ``recipe_sha256``, ``metrics``
-            (name → number), ``created``, ``model`` {``architecture``, ``model_type``, ``dtype``, ``parameters``,
-            ``bytes``, ``max_position_embeddings``, ``trained_seq_len``, ``stop_token_ids``}, ``serve`` (the recipe's
-            serve section) and ``files`` (name → {``bytes``, ``sha256``}).
+            (name → number), ``created``, ``kind`` (``model``, or ``adapter`` of the model ``base``), ``model``
+            {``architecture``, ``model_type``, ``dtype``, ``parameters``, ``bytes``, ``max_position_embeddings``,
+            ``trained_seq_len``, ``stop_token_ids``, of an adapter ``rank``}, ``checks`` (what the gate measured),
+            ``proof`` (``token_ids`` of a real row and ``logprobs``, what the trained weights give each of them but the
+            first, so that whoever serves the folder can see that it answers alike), ``serve`` (the recipe's serve
+            section) and ``files`` (name → {``bytes``, ``sha256``}).
     """
 
     folder: str
@@ -344,6 +399,10 @@ class Manifest:
     def run(self) -> str:
         return self.content["run"]
 
+    @property
+    def is_adapter(self) -> bool:
+        return self.content["kind"] == "adapter"
+
     def save(self) -> None:
         write_json(join(self.folder, MANIFEST), self.content)
 
@@ -355,7 +414,7 @@ class Manifest:
             ServeError: there is none, or it is of another format.
         """
         location = absolute(run_or_folder)
-        for folder in (location, join(location, "export")):
+        for folder in (location, join(location, "export"), join(location, "adapter")):
             if exists(join(folder, MANIFEST)):
                 content = None
                 with contextlib.suppress(ValueError):
@@ -373,7 +432,7 @@ class Manifest:
                     )
                 return cls(folder, content)
         raise ServeError(
-            f"no {MANIFEST} in {run_or_folder!r} or its export/ folder",
+            f"no {MANIFEST} in {run_or_folder!r}, or its export/ or adapter/ folder",
             ["export the run first: ray-ft export RUN", "name a run directory or an export folder"],
         )
 
@@ -411,15 +470,41 @@ class Appender:
             fs.delete_file(path)
 
 
-def model_folder(location: str, *, weights: bool = True) -> str:
+#: Folders whose Python code may run in this process: `model_folder` was told so.
+_trusted: set[str] = set()
+
+
+def runs_code(folder: str) -> bool:
+    """Whether code in a model's folder may run in this process; not unless its recipe said so."""
+    return folder in _trusted
+
+
+def split_revision(location: str) -> tuple[str, str | None]:
+    """Of ``org/name@revision``: the hub id and the revision, None where there is none. No hub id has an @."""
+    if is_uri(location) or os.path.isdir(absolute(location)):
+        return location, None
+    name, sign, revision = location.partition("@")
+    return (name, revision) if sign else (location, None)
+
+
+def model_folder(location: str, *, weights: bool = True, code: bool = False) -> str:
     """A local folder of a model: of a local path, of a URI (downloaded once per machine), or of a hub id.
 
     Args:
+        location: as the recipe's `model.location` has it; a hub id may be followed by ``@`` and a revision.
         weights: False fetches only what is small: config, tokenizer and template.
+        code: the folder's own Python code may run in this process, and is fetched.
 
     Raises:
         ModelError: there is no such folder, and the hub has no such model or cannot be reached.
     """
+    folder = _model_folder(location, weights, code)
+    if code:
+        _trusted.add(folder)
+    return folder
+
+
+def _model_folder(location: str, weights: bool, code: bool) -> str:
     if is_uri(location):
         try:
             return local_copy(location, leave_out=() if weights else WEIGHTS)
@@ -432,16 +517,20 @@ def model_folder(location: str, *, weights: bool = True) -> str:
     if os.path.isdir(local):
         return local
     ways_out = ["give a local folder, a URI, or a hub id such as google/gemma-3-27b-it"]
-    if location.count("/") != 1 or location.startswith((".", "/", "~")):
+    name, revision = split_revision(location)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError(f"model.path {location!r} is no folder", ways_out)
+    credentials.load()
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.jinja", "*.model", "*.txt"] + (["*.safetensors"] if weights else [])
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt"]
+    patterns += (["*.safetensors"] if weights else []) + (["*.py"] if code else [])
     try:
-        return huggingface_hub.snapshot_download(location, allow_patterns=patterns)
+        return huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"model.path {location!r} is no local folder, and the hub does not give it: {str(error).splitlines()[0]}",
-            [*ways_out, "for a gated model accept its terms on the hub and set HF_TOKEN on every node"],
+            [*ways_out, "for a gated model accept its terms on the hub and set HF_TOKEN on every node"]
+            + ([f"check that the hub has model.revision {revision}"] if revision else []),
         ) from error

@@ -6,6 +6,8 @@ Everything is as a person would type it; this module only types. A failing step 
 from __future__ import annotations
 
 import contextlib
+import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -44,6 +46,7 @@ def main() -> None:
             ("train", ["train", RECIPE]),
             ("evaluate", ["evaluate", run]),
             ("export", ["export", run]),
+            ("report", ["report", run]),
         ):
             _announce(view, arguments)
             _ray_ft(name, arguments)
@@ -52,10 +55,10 @@ def main() -> None:
         port = _free_port()
         arguments = ["serve", run, "--port", str(port)]
         _announce(view, arguments)
-        with _serving(arguments, port) as url:
-            answers = _ask(
-                url, settings.serve.model_name or settings.run.name, questions, settings.evaluate.max_new_tokens
-            )
+        key = secrets.token_urlsafe(32)
+        with _serving(arguments, port, key) as url:
+            name = settings.serve.model_name or settings.run.name
+            answers = _ask(url, key, name, questions, settings.evaluate.max_new_tokens)
         result = score(answers, [question.reference for question in questions])
         if result["exact_match"] < ENOUGH:
             raise StepFailed(f"ask: exact match over HTTP is {result['exact_match']:.3f}, below {ENOUGH}")
@@ -92,13 +95,14 @@ def _ray_ft(name: str, arguments: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _serving(arguments: Sequence[str], port: int) -> Iterator[str]:
+def _serving(arguments: Sequence[str], port: int, key: str) -> Iterator[str]:
     """`ray-ft serve` in the background. Yields its URL; afterwards neither it nor any process that it began is left."""
     import httpx
     import psutil
 
     url = f"http://127.0.0.1:{port}/v1"
-    server = psutil.Popen([sys.executable, "-m", "ray_ft", *arguments])
+    env = {**os.environ, "RAY_FT_API_KEYS": f"quickstart:{key}"}
+    server = psutil.Popen([sys.executable, "-m", "ray_ft", *arguments], env=env)
     family: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + START_SECONDS
@@ -106,7 +110,7 @@ def _serving(arguments: Sequence[str], port: int) -> Iterator[str]:
             if (code := server.poll()) is not None:
                 raise StepFailed(f"serve: it exited with {code} before it answered")
             with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}/models", timeout=5, trust_env=False).status_code == 200:
+                if httpx.get(f"{url.removesuffix('/v1')}/health", timeout=5, trust_env=False).status_code == 200:
                     break
             if time.monotonic() > deadline:
                 raise StepFailed(f"serve: no answer at {url} within {START_SECONDS} s")
@@ -125,11 +129,11 @@ def _serving(arguments: Sequence[str], port: int) -> Iterator[str]:
         raise StepFailed(f"serve: {len(alive)} processes did not end within {STOP_SECONDS} s and were killed")
 
 
-def _ask(url: str, model: str, questions: Sequence[Question], max_tokens: int) -> list[str]:
+def _ask(url: str, key: str, model: str, questions: Sequence[Question], max_tokens: int) -> list[str]:
     import openai
 
     # trust_env: http_proxy is not for this machine's own address.
-    client = openai.OpenAI(base_url=url, api_key="none", http_client=openai.DefaultHttpxClient(trust_env=False))
+    client = openai.OpenAI(base_url=url, api_key=key, http_client=openai.DefaultHttpxClient(trust_env=False))
 
     def ask(question: Question) -> str:
         messages: Any = question.sample.prompt

@@ -36,12 +36,12 @@ class Trained:
 
     @classmethod
     def of(cls, run: str) -> Trained:
-        """Look a run directory up.
+        """Look a run directory up; a sweep's stands for its best trial's.
 
         Raises:
             CheckpointError: there is no such run, or it has no committed checkpoint yet.
         """
-        directory = paths.RunDir(paths.absolute(run))
+        directory = paths.RunDir(paths.absolute(paths.run_of(run)))
         if not paths.exists(directory.recipe):
             raise CheckpointError(
                 f"{run!r} is no run directory: it has no recipe.yaml",
@@ -54,7 +54,7 @@ class Trained:
                 f"{run!r} has no committed checkpoint",
                 ["train first: ray-ft train RECIPE", "a checkpoint is written every train.checkpoint.every steps"],
             )
-        return cls(directory, settings, found, paths.model_folder(settings.model.path))
+        return cls(directory, settings, found, settings.model.folder())
 
     def trained_names(self) -> set[str]:
         """Parameters that the checkpoint holds, an adapter's included; all others are the base's."""

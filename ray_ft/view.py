@@ -1,8 +1,9 @@
-"""What a person sees: one live panel on a terminal, plain lines elsewhere. Never Ray's own noise."""
+"""What a person sees: one live panel on a terminal, plain lines elsewhere. Never Ray's own noise, nor a secret."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,6 +13,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from ray_ft.credentials import Redacting, redacted
 
 FILE_WIDTH = 120  # columns where there is no terminal to ask
 PLAIN_LINES = 10  # lines of metrics that one training run prints where there is no terminal
@@ -32,12 +35,14 @@ class View:
     """Lines, one progress bar at a time, and the metrics of a training run."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        # Looked up at each use, as tests and libraries replace it.
+        out: Any = Redacting(lambda: sys.stdout)
+        self.console = console or Console(file=out, highlight=False, soft_wrap=True)
         if not self.console.is_terminal:
             self.console.width = FILE_WIDTH
 
     def line(self, text: str) -> None:
-        self.console.print(escape(text))
+        self.console.print(escape(redacted(text)))
 
     @contextlib.contextmanager
     def progress(self, label: str) -> Iterator[Any]:

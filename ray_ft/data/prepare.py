@@ -153,9 +153,9 @@ def _identity_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4)
-def _tokenizer_of(model: str) -> PreTrainedTokenizerBase:
+def _tokenizer_of(model: str, code: bool) -> PreTrainedTokenizerBase:
     """Resolved once per process, not per chunk: a hub id asks the hub, a URI lists the storage."""
-    return load_tokenizer(paths.model_folder(model, weights=False))
+    return load_tokenizer(paths.model_folder(model, weights=False, code=code))
 
 
 @dataclass
@@ -181,14 +181,19 @@ class _Work:
     segment_tokens: int
     tokenizer: dict[str, Any]
     """What `_identity_of` said of the tokenizer."""
+    code: bool
+    """Whether code in the model's folder may run, as the recipe's model.trust_remote_code says."""
 
     @classmethod
     def of(cls, recipe: Recipe, split: Split, location: str, model_folder: str, identity: dict[str, Any]) -> _Work:
         # Other nodes resolve the model themselves: a hub id or a URI is not where this node has put it.
-        model = model_folder if os.path.isdir(recipe.model.path) else recipe.model.path
+        model = model_folder if os.path.isdir(recipe.model.path) else recipe.model.location
         tokenizer = {name: identity[name] for name in ("tokenizer", "template")}
         wanted, segment_tokens = tuple(getattr(recipe.data, split)), identity["cut"]["segment_tokens"]
-        return cls(location, model, wanted, **identity["layout"], segment_tokens=segment_tokens, tokenizer=tokenizer)
+        return cls(
+            location, model, wanted, **identity["layout"], segment_tokens=segment_tokens, tokenizer=tokenizer,
+            code=recipe.model.trust_remote_code,
+        )  # fmt: skip
 
     def segments(self, chunk: Chunk, seen: _Seen, first: int = 1) -> Iterator[Segment]:
         """The packed rows of a chunk, segment by segment; what became of its rows is added to `seen`.
@@ -196,7 +201,7 @@ class _Work:
         Args:
             first: line of the chunk to begin at: that of an earlier call's segment, which then comes first.
         """
-        tokenizer = _tokenizer_of(self.model_folder)
+        tokenizer = _tokenizer_of(self.model_folder, self.code)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         counts = seen.counts
         pending: list[Tokens] = []
@@ -314,7 +319,7 @@ class _Again:
         """
         chunk = self.chunks[number]
         check_stamp(chunk.file)
-        if _tokenizer_identity(self.work.model_folder) != self.work.tokenizer:
+        if _tokenizer_identity(self.work.model_folder, self.work.code) != self.work.tokenizer:
             raise ModelError(
                 f"the tokenizer or chat template in {self.work.model_folder!r} is not the one that the data was "
                 "prepared with",
@@ -337,8 +342,8 @@ class _Again:
 
 
 @lru_cache(maxsize=4)
-def _tokenizer_identity(model: str) -> dict[str, Any]:
-    return _identity_of(_tokenizer_of(model))
+def _tokenizer_identity(model: str, code: bool) -> dict[str, Any]:
+    return _identity_of(_tokenizer_of(model, code))
 
 
 def _run(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ray_ft import paths
 from ray_ft.data.lines import Reject
 from ray_ft.data.rows import Conversation, Joined, Sample
 from ray_ft.errors import ModelError
@@ -88,7 +89,7 @@ class Renderer:
         for sample in samples:
             try:
                 text, answers = self._with_spans(sample)
-            except _TemplateRefusal as refusal:
+            except TemplateRefusal as refusal:
                 results.append(Reject("refused by the chat template", str(refusal)))
                 continue
             texts.append(text)
@@ -132,7 +133,7 @@ class Renderer:
             start = len(before := self._render(sample.turns[:at], answer_next=True))
             through = text if at == len(sample.turns) - 1 else self._render(sample.turns[: at + 1])
             if not (through.startswith(before) and text.startswith(through)):
-                raise _TemplateRefusal("it renders a turn differently once later turns follow, so no loss mask exists")
+                raise TemplateRefusal("it renders a turn differently once later turns follow, so no loss mask exists")
             # White space behind the end-of-turn marker belongs to the layout, not to the answer.
             spans.append((start, len(through.rstrip())))
         return text, spans
@@ -159,13 +160,13 @@ class Renderer:
                 list(turns), tokenize=False, add_generation_prompt=answer_next
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:  # a template is a program: any of them
-            raise _TemplateRefusal(str(error)) from error
+            raise TemplateRefusal(str(error)) from error
         assert isinstance(rendered, str)
         return rendered
 
 
-class _TemplateRefusal(Exception):
-    pass
+class TemplateRefusal(Exception):
+    """The chat template refuses a conversation, or renders it so that no answer can be told in it."""
 
 
 @lru_cache(maxsize=4)
@@ -202,7 +203,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         # Where there is none, transformers 5 makes one of five tokens, from the model type in config.json.
         if not any(glob.glob(os.path.join(glob.escape(folder), name)) for name in VOCABULARIES):
             raise OSError(f"it holds none of {', '.join(VOCABULARIES)}")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # Said, as transformers would else ask on the terminal whether a folder's own code may run.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=paths.runs_code(folder))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"model.path {folder!r} has no usable tokenizer: {str(error).splitlines()[0]}",

@@ -18,6 +18,8 @@ import numpy as np
 from ray_ft.data.order import Order, Slice
 from ray_ft.data.pack import Rows
 from ray_ft.errors import RayFtError, TrainingError
+from ray_ft.placement import reading_cpus
+from ray_ft.placement.capacity import cluster
 
 if TYPE_CHECKING:
     import ray.data
@@ -58,12 +60,24 @@ def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any
     # Opaque bytes both ways: Arrow would otherwise guess a schema for nested results, task by task.
     rows = [{"item": pickle.dumps(item)} for item in items]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(run, num_cpus=1)
-    dataset.context.execution_options.preserve_order = True
+    dataset.context.execution_options = in_order(reading_cpus(cluster()))
     for row in dataset.iter_rows():
         result = pickle.loads(row["result"])  # noqa: S301 - written by `run`, in this cluster
         if isinstance(result, RayFtError):
             raise result
         yield result
+
+
+def in_order(cpus: float | None) -> ray.data.ExecutionOptions:
+    """Ray Data's settings for results in the order of their inputs.
+
+    Args:
+        cpus: tasks at once, and CPUs that Ray Data asks an autoscaler for; None: no limit but what there is.
+    """
+    from ray.data import ExecutionOptions, ExecutionResources
+
+    limits = ExecutionResources.for_limits() if cpus is None else ExecutionResources.for_limits(cpu=cpus, gpu=0)
+    return ExecutionOptions(preserve_order=True, resource_limits=limits)
 
 
 def training_dataset(order: Order, start: int, stop: int) -> ray.data.Dataset:

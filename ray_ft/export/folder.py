@@ -1,28 +1,29 @@
 """A run to a model that anything can load: one Hugging Face folder with its manifest, published only when it is proved.
 
-Weights are written file by file in the base's own layout, names and precision, so that memory holds one file's tensors
-and every reader of the base reads the result. The folder is built beside, checked, then renamed.
+Weights are written in the base's own layout, names and precision, so that every reader of the base reads the result; or
+the adapter alone, in PEFT's. The folder is built beside, goes through the gate, is renamed, and then, if asked for,
+pushed to a hub. A failed export leaves what was there before and nothing else.
 """
 
 from __future__ import annotations
 
-import datetime
-import hashlib
-import json
+import contextlib
 import os
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from ray_ft import __version__, paths
-from ray_ft.data.render import Renderer, load_tokenizer
-from ray_ft.errors import ExportError
-from ray_ft.export import weights
-from ray_ft.export.proof import prove
+from ray_ft import paths
+from ray_ft.errors import ExportError, first_line
+from ray_ft.export import gate, lora, pushing, weights
+from ray_ft.export.case import Case
+from ray_ft.export.checks import ADAPTER, MERGED, MODEL
+from ray_ft.export.checks.text import stop_ids_of
+from ray_ft.export.describe import checksums, describe, write_card
+from ray_ft.export.vllm_process import Vllm, obstacle
 from ray_ft.model import load
-from ray_ft.paths import MANIFEST, MANIFEST_FORMAT, Manifest
-from ray_ft.train.metrics import read_metrics
+from ray_ft.paths import MANIFEST, Manifest
 from ray_ft.trained import Trained
 from ray_ft.view import View
 
@@ -31,38 +32,108 @@ COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 REPLACED = {load.INDEX, MANIFEST, "generation_config.json", "README.md"}
 
 
-def export(run: str, view: View, to: str | None = None) -> Manifest:
+def export(
+    run: str,
+    view: View,
+    to: str | None = None,
+    *,
+    adapter_only: bool = False,
+    push: str | None = None,
+    vllm: bool | None = None,
+) -> Manifest:
     """Write a run's newest checkpoint as a Hugging Face folder.
 
     Args:
-        to: where to; the run's ``export`` folder if None.
+        to: where to; the run's ``export`` folder if None, its ``adapter`` folder for an adapter alone.
+        adapter_only: the adapter in PEFT's layout, in place of the model with it merged.
+        push: repository of the hub to upload it to, as ORGANISATION/NAME; made private where there is none.
+        vllm: let vLLM load the folder and compare its answers. None: where vLLM is installed and the model fits into
+            this machine; True: or fail; False: not at all. The manifest says so.
 
     Raises:
-        ExportError: a check failed; what was published before stays.
+        ExportError: a check failed, which is named; what was published before stays. Or the push failed; the export
+            stays.
     """
     trained = Trained.of(run)
-    target = paths.absolute(to) if to else trained.run.export
-    if paths.list_dir(target) and not paths.exists(paths.join(target, MANIFEST)):
+    if push:
+        pushing.refuse(push)
+    if adapter_only:
+        lora.refuse(trained, vllm)
+    target = paths.absolute(to) if to else trained.run.adapter if adapter_only else trained.run.export
+    _refuse_foreign(target)
+    why_not = "not asked for (--no-vllm)" if vllm is False else obstacle(trained)
+    if vllm and why_not:
         raise ExportError(
-            f"{target} holds files that are no export of ours; they would be replaced",
-            ["name a folder that is new, empty, or an earlier export: --to DIR"],
+            f"check 'logits_vllm' failed: vLLM cannot be asked: {why_not}",
+            ["export on a machine that serves the model", "leave the check out: --no-vllm"],
         )
     scratch = None if paths.is_uri(target) else str(Path(target).parent)
     if scratch:
-        os.makedirs(scratch, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix=".export-", dir=scratch)
-    try:
-        weights.write(trained, folder)
-        _copy_rest(trained, folder)
-        facts = _describe(trained, folder)
-        checks = prove(trained, folder, view)
-        _write_card(trained, folder, facts, checks)
-        content = {**facts, "checks": checks, "files": _files(folder)}
+        _make_folder(scratch)
+    with ExitStack() as stack:
+        folder = tempfile.mkdtemp(prefix=".export-", dir=scratch)
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        # Started first: it imports vLLM while files are written and looked at.
+        case = Case(trained, folder, why_not or stack.enter_context(Vllm(trained)))
+        if adapter_only:
+            lora.write(trained, folder)
+        else:
+            weights.write(trained, folder, case.plan)
+            _copy_rest(trained, folder)
+        wanted = ADAPTER if adapter_only else MERGED if trained.recipe.model.adapter else MODEL
+        checks = gate.examine(case, wanted)
+        for line in gate.summary(checks):
+            view.line(line)
+        facts = describe(case)
+        write_card(case, facts, checks)
+        content = {**facts, "checks": checks, "proof": case.reference.proof(), "files": checksums(folder)}
         paths.write_json(os.path.join(folder, MANIFEST), content)
         _publish(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if push:
+            local = folder if paths.is_uri(target) else target
+            message = f"{facts['run']}, step {facts['step']}"
+            view.line(f"pushed: {pushing.push(local, push, message, target)}")
     return Manifest(target, content)
+
+
+def _refuse_foreign(target: str) -> None:
+    """Refuse to replace what no export has put there: also beside an earlier one, and beside another's manifest.json.
+
+    Raises:
+        ExportError: it names them.
+    """
+    try:
+        there = set(paths.list_dir(target))
+    except OSError as error:
+        raise ExportError(f"{target} is no folder: {first_line(error)}", ["name a folder: --to DIR"]) from error
+    ours: set[str] = set()
+    if MANIFEST in there:
+        with contextlib.suppress(ValueError):  # not JSON, so not ours
+            content = paths.read_json(paths.join(target, MANIFEST))
+            if isinstance(content, dict) and "ray_ft" in content:
+                ours = {MANIFEST, *content.get("files", {})}
+    if foreign := sorted(there - ours):
+        raise ExportError(
+            f"{target} holds {', '.join(foreign[:3])}{f' … ({len(foreign)})' if len(foreign) > 3 else ''}, which no "
+            "export has put there and this one would delete",
+            ["name a folder that is new, empty, or an earlier export: --to DIR", "move the files elsewhere"],
+        )
+
+
+def _make_folder(folder: str) -> None:
+    """
+    Raises:
+        ExportError: nothing can be written there.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ExportError(
+            f"{folder} cannot be written to: {first_line(error)}",
+            ["check the path, its permissions and the free space", "name another folder: --to DIR"],
+        ) from error
 
 
 def _publish(folder: str, target: str) -> None:
@@ -71,15 +142,22 @@ def _publish(folder: str, target: str) -> None:
         before = f"{folder}.before"  # the earlier export, kept until the new one stands
         if os.path.isdir(target):
             os.rename(target, before)
-        os.rename(folder, target)
+        try:
+            os.rename(folder, target)
+        except OSError:
+            if os.path.isdir(before):
+                os.rename(before, target)
+            raise
         shutil.rmtree(before, ignore_errors=True)
         return
     # An object store has no rename: the manifest, without which nothing is served, goes last.
-    manifest = Path(folder, MANIFEST).read_bytes()
-    os.remove(os.path.join(folder, MANIFEST))
+    manifest = Path(folder, MANIFEST)
+    content = manifest.read_bytes()
+    manifest.unlink()
     paths.delete_dir(target)
     paths.upload_dir(folder, target)
-    paths.write_bytes(paths.join(target, MANIFEST), manifest)
+    paths.write_bytes(paths.join(target, MANIFEST), content)
+    manifest.write_bytes(content)
 
 
 def _copy_rest(trained: Trained, folder: str) -> None:
@@ -87,98 +165,7 @@ def _copy_rest(trained: Trained, folder: str) -> None:
         for path in Path(trained.base).glob(pattern):
             if path.name not in REPLACED:
                 shutil.copy(path, folder)
-    stops = _stop_ids(trained)
     generation = Path(trained.base, "generation_config.json")
-    settings = json.loads(generation.read_text()) if generation.exists() else {}
-    settings["eos_token_id"] = stops
+    settings = paths.read_json(str(generation)) if generation.exists() else {}
+    settings["eos_token_id"] = stop_ids_of(trained.base)
     paths.write_json(os.path.join(folder, "generation_config.json"), settings)
-
-
-def _stop_ids(trained: Trained) -> list[int]:
-    generation = Path(trained.base, "generation_config.json")
-    known = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
-    listed = known if isinstance(known, list) else [] if known is None else [known]
-    return sorted({*listed, *Renderer(load_tokenizer(trained.base)).stop_ids()})
-
-
-def _describe(trained: Trained, folder: str) -> dict[str, Any]:
-    """The manifest without checks and files; see `paths.Manifest`."""
-    recipe, config = trained.recipe, load.load_config(trained.base)
-    model = load.build(config)
-    rows = [row for row in read_metrics(trained.run) if row["step"] <= trained.found.step]
-    metrics = {"loss": rows[-1]["loss"]} if rows else {}
-    metrics |= next(({"eval_loss": row["eval_loss"]} for row in reversed(rows) if "eval_loss" in row), {})
-    if paths.exists(trained.run.evaluation):
-        report = paths.read_json(trained.run.evaluation)
-        if report["step"] == trained.found.step:
-            metrics |= {key: report[key] for key in ("perplexity", "exact_match", "chrf", "bleu") if key in report}
-            metrics["eval_loss"] = report["loss"]
-    return {
-        "format": MANIFEST_FORMAT,
-        "ray_ft": __version__,
-        "run": recipe.run.name,
-        "step": trained.found.step,
-        "base": recipe.model.path,
-        "recipe_sha256": recipe.sha256,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "metrics": metrics,
-        "model": {
-            "architecture": (config.architectures or [type(model).__name__])[0],
-            "model_type": config.model_type,
-            "dtype": str(load.stored_dtype(config)).removeprefix("torch."),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "bytes": sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")),
-            "max_position_embeddings": config.get_text_config().max_position_embeddings,
-            "trained_seq_len": recipe.data.seq_len,
-            "stop_token_ids": _stop_ids(trained),
-        },
-        "serve": recipe.serve.model_dump(mode="json"),
-    }
-
-
-def _files(folder: str) -> dict[str, dict[str, Any]]:
-    found = {}
-    for path in sorted(Path(folder).iterdir()):
-        digest = hashlib.sha256()
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-        found[path.name] = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-    return found
-
-
-def _write_card(trained: Trained, folder: str, facts: dict[str, Any], checks: dict[str, Any]) -> None:
-    recipe = trained.recipe
-    base = facts["base"] if not os.path.isabs(facts["base"]) else Path(facts["base"]).name
-    metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in facts["metrics"].items())
-    paths.write_text(
-        os.path.join(folder, "README.md"),
-        f"""---
-library_name: transformers
-base_model: {base}
-tags: [ray-ft, fine-tuned]
----
-
-# {recipe.run.name}
-
-Fine-tuned from `{base}` with ray-ft {facts["ray_ft"]}: {facts["step"]} steps of {recipe.train.global_batch} rows of
-{recipe.data.seq_len} tokens, {recipe.train.optimizer.name}, learning rate {recipe.train.optimizer.lr:g}.
-Recipe sha256 `{facts["recipe_sha256"]}`; `manifest.json` holds the rest.
-
-| metric | value |
-|---|---|
-{metrics}
-
-Checked before publication: {checks["tensors"]} tensors; logits within {checks["logits_max_difference"]:.1e} of the
-trained weights.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-
-The licence of the base model applies.
-""",
-    )

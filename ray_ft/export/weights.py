@@ -1,65 +1,69 @@
 """The exported weights: the base's files in their own layout, names and precision, with what was trained in place.
 
-Memory holds one file's tensors and the adapters of its layers. An adapter is merged into the weights that it was
-trained beside: where these were rounded to 4 bits, the rounded ones are written, in the base's precision.
+Files are written in one pass, and what is not trained is copied in blocks, so that memory holds what is trained of one
+layer: its tensors, its adapters, and one product in float32. An adapter is merged into the weights that it was trained
+beside: where these were rounded to 4 bits, the rounded ones are written, in the base's precision.
 """
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 
 import torch
 
 from ray_ft import paths
 from ray_ft.errors import ExportError
+from ray_ft.export.tensorfile import Entry, Reader, Writer
 from ray_ft.model import adapt, adapter, load, quantize
 from ray_ft.recipe import Model
 from ray_ft.trained import Trained
 
+#: What stands before a layer's own names: ``model.layers.17.``
+LAYER = re.compile(r".*?\.\d+\.")
 
-def write(trained: Trained, folder: str) -> None:
-    """Write a run's weights and, where the base has one, the index of its files.
 
-    Raises:
-        ExportError: a value is not finite, nothing differs from the base, or the base lacks what was trained.
-    """
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    files = load.weight_files(trained.base)
-    plan = _Plan.of(trained, set(files))
-    files = {key: file for key, file in files.items() if key not in plan.copies}
-    changed = learnt = 0
+def write(trained: Trained, folder: str, plan: Plan) -> None:
+    """Write a run's weights and, where the base has one, the index of its files."""
+    files = plan.files
+    total = 0
     for file in sorted(set(files.values())):
-        with safe_open(os.path.join(trained.base, file), framework="pt") as base:
-            content = {name: base.get_tensor(name) for name in sorted(n for n, f in files.items() if f == file)}
-        fresh, nonzero = plan.fresh(trained, content)
-        learnt += nonzero
-        for key, tensor in fresh.items():
-            if not torch.isfinite(tensor).all():
-                raise ExportError(f"{key} holds values that are not finite", ["resume from an earlier checkpoint"])
-            changed += not torch.equal(tensor, content[key])
-        save_file({**content, **fresh}, os.path.join(folder, file), metadata={"format": "pt"})
-    ways_out = ["check train.optimizer.lr and model.freeze", "a learning rate below the export precision rounds away"]
-    if plan.adapters and not learnt:
-        raise ExportError(
-            f"the adapter changes nothing after {trained.found.step} steps: B is zero in all its {len(plan.adapters)} "
-            "layers, so that this would publish the base model",
-            ways_out,
-        )
-    if not changed:
-        raise ExportError(
-            f"no tensor differs from the base after {trained.found.step} steps: this would publish the base model",
-            ways_out,
-        )
+        with Reader(os.path.join(trained.base, file)) as base:
+            entries = {key: entry for key, entry in base.entries.items() if files.get(key) == file}
+            total += sum(entry.size for entry in entries.values())
+            with Writer(os.path.join(folder, file), entries) as out:
+                for keys in by_layer(list(entries)):
+                    fresh = plan.fresh(trained, base, keys)
+                    for key in keys:
+                        if key in fresh:
+                            out.write(key, fresh.pop(key))
+                        else:
+                            out.copy(key, base.blocks(key))
     index = os.path.join(trained.base, load.INDEX)
     if os.path.exists(index):
-        paths.write_json(os.path.join(folder, load.INDEX), {**paths.read_json(index), "weight_map": files})
+        content = paths.read_json(index)
+        metadata = {**content.get("metadata", {}), "total_size": total}
+        paths.write_json(os.path.join(folder, load.INDEX), {**content, "metadata": metadata, "weight_map": files})
+
+
+def by_layer(keys: Sequence[str]) -> Iterator[list[str]]:
+    """Runs of keys that belong to one layer; what belongs to none comes one by one."""
+
+    def layer(numbered: tuple[int, str]) -> str | int:
+        number, key = numbered
+        found = LAYER.match(key)
+        return found[0] if found else number
+
+    for _, group in groupby(enumerate(keys), layer):
+        yield [key for _, key in group]
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What becomes of each tensor of the base's files, by the tensor's key there.
 
     Attributes:
@@ -67,6 +71,7 @@ class _Plan:
         adapters: name of the adapted module whose weight it is.
         rounded: keys of weights that were held in 4 bits, which takes `dtype`.
         copies: keys of what the base stores a second time though it is tied; such a copy would stay the base's.
+        stored: key → file, of the base.
     """
 
     settings: Model
@@ -75,18 +80,24 @@ class _Plan:
     rounded: frozenset[str]
     copies: frozenset[str]
     dtype: torch.dtype
+    stored: dict[str, str]
 
     @classmethod
-    def of(cls, run: Trained, found: set[str]) -> _Plan:
+    def of(cls, run: Trained) -> Plan:
+        """
+        Raises:
+            ExportError: the base lacks what was trained.
+        """
+        stored = load.weight_files(run.base)
         settings = run.recipe.model
         model = load.build(load.load_config(run.base))
-        keys = load.stored_keys(model, found)
+        keys = load.stored_keys(model, stored)
         dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
         quantized = adapt.adapt(model, settings, dtype, dtype, packed=False).quantized if settings.quantize else ()
         names = run.trained_names()
-        stored = {name: adapter.stored_name(name) for name in names}
+        bases = {name: adapter.stored_name(name) for name in names}
         layers = {name.removesuffix(adapter.DOWN) for name in names if name.endswith(adapter.DOWN)}
-        weights = {*filter(None, stored.values()), *(f"{layer}.weight" for layer in layers)}
+        weights = {*filter(None, bases.values()), *(f"{layer}.weight" for layer in layers)}
         if absent := sorted(weights - keys.keys()):
             raise ExportError(
                 f"the checkpoint trains {', '.join(absent[:3])}, which the base {run.base} does not hold",
@@ -94,39 +105,52 @@ class _Plan:
             )
         return cls(
             settings,
-            {keys[base]: name for name, base in stored.items() if base is not None},
+            {keys[base]: name for name, base in bases.items() if base is not None},
             {keys[f"{layer}.weight"]: layer for layer in layers},
             frozenset(keys[name] for name in quantized),
             frozenset(key for name, key in keys.items() if name in model.all_tied_weights_keys),
             dtype,
+            stored,
         )
 
-    def fresh(self, run: Trained, content: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
-        """(The tensors of a file that are not the base's, how many adapters in it are not zero).
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """Key → file, of what is exported."""
+        return {key: file for key, file in self.stored.items() if key not in self.copies}
 
-        Args:
-            content: the base's file.
-        """
-        wanted = {self.trained[key]: torch.empty_like(tensor) for key, tensor in content.items() if key in self.trained}
-        for key in content.keys() & self.adapters.keys():
-            wanted |= self._matrices(self.adapters[key], content[key])
+    @cached_property
+    def changed(self) -> frozenset[str]:
+        """Keys of all that need not be the base's."""
+        return frozenset(self.trained.keys() | self.adapters.keys() | self.rounded)
+
+    def fresh(self, run: Trained, base: Reader, keys: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Those tensors among `keys`, all of one of the base's files, that are not the base's, as they are exported."""
+        found = {}
+        for key in keys:  # read at once what is replaced, as each look at a checkpoint asks its storage several times
+            if key in self.trained:
+                entry = base.entries[key]
+                found[key] = torch.empty(entry.shape, dtype=entry.dtype)
+        wanted = {self.trained[key]: tensor for key, tensor in found.items()}
+        for key in keys:
+            if layer := self.adapters.get(key):
+                shapes = self.adapter_entries(layer, base.entries[key].shape)
+                wanted |= {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in shapes.items()}
         if wanted:
             run.read(wanted)
-        found, nonzero = {}, 0
-        for key, tensor in content.items():
-            if key in self.trained:
-                found[key] = wanted[self.trained[key]]
-            elif key in self.rounded:
-                found[key] = quantize.rounded(tensor, self.dtype).to(tensor.dtype)
+        for key in keys:
+            if key in self.rounded:
+                weight = base.read(key)
+                found[key] = quantize.rounded(weight, self.dtype).to(weight.dtype)
             if layer := self.adapters.get(key):
                 assert self.settings.adapter is not None
-                a, b = wanted[f"{layer}{adapter.DOWN}"], wanted[f"{layer}{adapter.UP}"]
-                magnitude = wanted.get(f"{layer}{adapter.MAGNITUDE}")
-                nonzero += bool(b.any())
-                found[key] = adapter.merge(found.get(key, tensor), a, b, magnitude, self.settings.adapter)
-        return found, nonzero
+                weight = found[key] if key in found else base.read(key)
+                a, b = wanted.pop(f"{layer}{adapter.DOWN}"), wanted.pop(f"{layer}{adapter.UP}")
+                magnitude = wanted.pop(f"{layer}{adapter.MAGNITUDE}", None)
+                found[key] = adapter.merge(weight, a, b, magnitude, self.settings.adapter)
+        return found
 
-    def _matrices(self, layer: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def adapter_entries(self, layer: str, weight: tuple[int, ...]) -> dict[str, Entry]:
+        """Name in the checkpoint → what a layer's adapter has there, its weight being [outputs, inputs]."""
         assert self.settings.adapter is not None
-        shapes = adapter.shapes(self.settings.adapter, *weight.shape)
-        return {f"{layer}{part}": torch.empty(shape, dtype=torch.float32) for part, shape in shapes.items()}
+        shapes = adapter.shapes(self.settings.adapter, *weight)
+        return {f"{layer}{part}": Entry.of(torch.float32, shape) for part, shape in shapes.items()}

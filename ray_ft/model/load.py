@@ -8,6 +8,8 @@ is filled from the rows of the safetensors file that it needs. A missing or unex
 from __future__ import annotations
 
 import contextlib
+import copy
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ray_ft import paths
 from ray_ft.errors import ModelError
 from ray_ft.model import quantize
 from ray_ft.model.adapter import stored_name
@@ -24,29 +27,87 @@ from ray_ft.span import Span
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+#: Key of a checkpoint's state: the `fingerprint` of the base that it was trained from.
+FINGERPRINT = "base_sha256"
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 #: What older checkpoints hold although it is computed; transformers passes over it too.
 COMPUTED = ("rotary_emb.inv_freq", "position_ids")
 BLOCK = 1 << 25  # elements that are read at once
+SAMPLE = 4096  # bytes of each tensor that enter a fingerprint
 
 
 def load_config(folder: str) -> PretrainedConfig:
-    """The model's config.
+    """The model's config. Where the recipe trusts the folder's own code, its classes are known to transformers then,
+    in this process, as those of its own families are.
 
     Raises:
-        ModelError: config.json is missing, broken, or of a family that transformers does not know.
+        ModelError: config.json is missing, broken, or of a family that transformers does not know; or it names code
+            that its recipe does not trust, or that lies elsewhere.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    code = _own_code(folder)
+    trusted = paths.runs_code(folder)
+    if code and trusted:
+        _refuse_foreign_code(folder, code)
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+        if code and trusted:
+            _register(config, code, folder)
+        return config
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        if code and not trusted:
+            raise ModelError(
+                f"the model in {folder!r} is made by Python code of its own ({', '.join(sorted(code.values()))}), "
+                "which is not run: model.trust_remote_code is false",
+                [
+                    "read the code, then set model.trust_remote_code=true, and model.revision to that commit",
+                    "use a model of a family that transformers knows",
+                ],
+            ) from error
         raise ModelError(
             f"model.path {folder!r} has no usable config.json: {str(error).splitlines()[0]}",
             ["name the folder that holds config.json, the tokenizer and *.safetensors"],
         ) from error
+
+
+def _own_code(folder: str) -> dict[str, str]:
+    """What config.json and tokenizer_config.json ask of code: auto class → file.Class, as ``auto_map`` has them."""
+    found: dict[str, str] = {}
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            with open(os.path.join(folder, name), encoding="utf-8") as stream:
+                auto_map = json.load(stream).get("auto_map") or {}
+            for auto, where in auto_map.items():
+                found[auto] = next(filter(None, where)) if isinstance(where, list) else where
+        except (OSError, ValueError, AttributeError, StopIteration):
+            continue  # what reads the file for its own sake says what is wrong with it
+    return found
+
+
+def _refuse_foreign_code(folder: str, code: Mapping[str, str]) -> None:
+    """``other/repository--file.Class`` would run what that repository holds today: no revision of ours pins it."""
+    if foreign := sorted(where for where in code.values() if "--" in where):
+        raise ModelError(
+            f"the model in {folder!r} takes code from another repository, {foreign[0].split('--')[0]}, which "
+            "model.revision does not pin",
+            ["copy the model and that code into a folder of your own, and name them in its auto_map"],
+        )
+
+
+def _register(config: PretrainedConfig, code: Mapping[str, str], folder: str) -> None:
+    """Make a folder's own classes known, so that all that takes a config finds the model, as for any family."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    own = type(config)
+    if "AutoConfig" not in code or "AutoModelForCausalLM" not in code or own in AutoModelForCausalLM._model_mapping:
+        return
+    AutoConfig.register(config.model_type, own, exist_ok=True)
+    AutoModelForCausalLM.register(own, get_class_from_dynamic_module(code["AutoModelForCausalLM"], folder))
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -85,6 +146,7 @@ def build(config: PretrainedConfig, attention: str = "sdpa", dtype: torch.dtype 
         ModelError: the family has no causal language model.
     """
     model_class(config)
+    config = copy.deepcopy(config)  # transformers writes the dtype into the one that it is given
     with torch.device("meta"):
         return _factory(config).from_config(config, dtype=dtype, attn_implementation=attention)
 
@@ -109,6 +171,33 @@ def weight_files(folder: str) -> dict[str, str]:
         f"model.path {folder!r} holds no weights: neither {SINGLE} nor {INDEX}",
         ["save the model with save_pretrained(); pickled pytorch_model.bin files are not loaded"],
     )
+
+
+def fingerprint(folder: str) -> str:
+    """What tells a folder's weights from others: a sha256 over the headers of its files and the first `SAMPLE` bytes of
+    each tensor, so that a few MiB are read of a model of any size. A change behind them alone goes unseen.
+
+    Raises:
+        ModelError: there are no safetensors, or a file is damaged.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(set(weight_files(folder).values())):
+        path = os.path.join(folder, file)
+        try:
+            with open(path, "rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                if length > os.path.getsize(path):
+                    raise ValueError("its header is cut short")
+                header = stream.read(length)
+                digest.update(file.encode() + b"\0" + header)
+                entries = json.loads(header)
+                entries.pop("__metadata__", None)
+                for start, stop in sorted(one["data_offsets"] for one in entries.values()):
+                    stream.seek(8 + length + start)
+                    digest.update(stream.read(min(SAMPLE, stop - start)))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(path, error) from error
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

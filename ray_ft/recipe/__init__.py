@@ -21,17 +21,25 @@ from ray_ft.recipe.loading import apply_override, json_schema, load, parse
 from ray_ft.recipe.model import Adapter, Model
 from ray_ft.recipe.recipe import Recipe
 from ray_ft.recipe.run import Run
-from ray_ft.recipe.serve import Evaluate, Serve
+from ray_ft.recipe.serve import During, Evaluate, Gateway, Serve
 from ray_ft.recipe.train import FSDP, Checkpoint, Failures, Optimizer, Schedule, Train, Zero
+from ray_ft.recipe.tune import ASHA, PBT, Budget, Dimension, Median, Tune
 
 __all__ = [
+    "ASHA",
     "FSDP",
+    "PBT",
     "Adapter",
     "AnySource",
+    "Budget",
     "Checkpoint",
     "Data",
+    "Dimension",
+    "During",
     "Evaluate",
     "Failures",
+    "Gateway",
+    "Median",
     "MessagesSource",
     "Model",
     "Optimizer",
@@ -45,6 +53,7 @@ __all__ = [
     "TextSource",
     "Train",
     "TranslationSource",
+    "Tune",
     "Zero",
     "apply_override",
     "json_schema",

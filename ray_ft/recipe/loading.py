@@ -12,7 +12,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from ray_ft import paths
+from ray_ft import credentials, paths
 from ray_ft.errors import RecipeError
 from ray_ft.recipe.data import AnySource
 from ray_ft.recipe.recipe import Recipe
@@ -48,7 +48,12 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse(content: dict[str, Any], where: str = "the recipe") -> Recipe:
-    """Check a dictionary; `where` names its origin in errors."""
+    """Check a dictionary; `where` names its origin in errors.
+
+    Raises:
+        RecipeError: with every fault found; also where a setting holds a credential, which would be kept in the run.
+    """
+    _refuse_credentials(content, where)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -57,13 +62,36 @@ def parse(content: dict[str, Any], where: str = "the recipe") -> Recipe:
         raise RecipeError(f"{count} in {where}", faults) from error
 
 
+def _refuse_credentials(content: dict[str, Any], where: str) -> None:
+    """A recipe is kept in the run, its manifest and its report, and is sent to every node. Says keys, no values."""
+    if found := sorted(key for key, text in _texts(content) if credentials.redacted(text) != text):
+        raise RecipeError(
+            f"{where} holds credentials, in {', '.join(found)}",
+            [
+                "leave them out of the URI or value: storage and hub clients find them in the environment of each node",
+                "give each variable (HF_TOKEN …) as a file of its name in ~/.ray-ft/secrets of every node, mode 600",
+                "let the machines have a role (instance profile, workload identity): docs/security.md",
+            ],
+        )
+
+
+def _texts(content: Any, key: str = "") -> Iterable[tuple[str, str]]:
+    """(Path of the key, text) of every text of a recipe."""
+    if isinstance(content, str):
+        yield key, content
+    elif isinstance(content, dict | list):
+        for name, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+
+
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, for completion in editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as it should be: a key that stands twice is an error, and 1e-4 is a number (YAML 1.1 wants 1.0e-4)."""
+    """YAML as it should be: a key that stands twice is an error, and 1e-4 and 1.0e5 are numbers (YAML 1.1 wants 1.0e-4
+    and 1.0e+5)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -73,7 +101,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:
@@ -141,7 +171,7 @@ def _fault(item: Any) -> str:
 def _sections(annotation: Any) -> Iterable[type[Section]]:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
-    elif get_origin(annotation) in (list, Union, UnionType, Annotated):
+    elif get_origin(annotation) in (list, dict, Union, UnionType, Annotated):
         for inner in get_args(annotation):
             yield from _sections(inner)
 
@@ -149,9 +179,17 @@ def _sections(annotation: Any) -> Iterable[type[Section]]:
 def _keys(section: type[Section], location: Sequence[int | str]) -> set[str]:
     """Known keys of the section at `location`."""
     candidates: list[type[Section]] = [section]
+    named = False  # whether the next part is a key of a mapping's own, such as tune.space's
     for part in location:
-        if isinstance(part, int):
+        if isinstance(part, int) or named:
+            named = False
             continue
+        named = any(
+            get_origin(inner) is dict
+            for c in candidates
+            if part in c.model_fields
+            for inner in (c.model_fields[part].annotation, *get_args(c.model_fields[part].annotation))
+        )
         tagged = [
             c
             for c in candidates

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ray_ft import paths
 from ray_ft.recipe.section import Section
+
+#: A commit of a hub's repository: the one name of a revision that its owner cannot give to something else.
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Adapter(Section):
@@ -31,6 +35,11 @@ class Adapter(Section):
 class Model(Section):
     path: str
     """Hugging Face model: a local folder, a URI, or a hub id such as google/gemma-3-1b-it."""
+    revision: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")] | None = None
+    """Of a hub id: the commit, tag or branch to take; null: the newest of its main branch. A commit never changes."""
+    trust_remote_code: bool = False
+    """Run Python code that lies in the model's folder, with all rights of the training. Of a hub id only with a commit
+    as revision: what is read through once is what runs."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the computation and of frozen weights; auto: bfloat16 on GPU, float32 on CPU."""
     attention: Literal["auto", "flash_attention_2", "flex_attention", "sdpa", "eager"] = "auto"
@@ -50,6 +59,40 @@ class Model(Section):
     def _absolute_folder(cls, path: str) -> str:
         local = paths.absolute(path)  # a hub id looks like a relative path; only a folder that is there is one
         return local if os.path.isdir(local) else path
+
+    @model_validator(mode="after")
+    def _revision_is_pinned(self) -> Model:
+        from_hub = not (os.path.isdir(self.path) or paths.is_uri(self.path))
+        if self.revision and not from_hub:
+            raise ValueError(
+                f"revision: {self.revision} is one of the hub, and path: {self.path} is none of its ids; set revision: "
+                "null, or path to a hub id"
+            )
+        if self.trust_remote_code and from_hub and not COMMIT.fullmatch(self.revision or ""):
+            raise ValueError(
+                f"trust_remote_code: true runs code of {self.path}, which its owner may change at any time while "
+                f"revision is {self.revision or 'null'}; set revision to the 40 digits of a commit that you have read "
+                f"(on the hub: Files, History), or trust_remote_code: false"
+            )
+        if self.trust_remote_code and paths.is_uri(self.path):
+            raise ValueError(
+                f"trust_remote_code: true is for a hub id with its commit, or a local folder, and path is {self.path}; "
+                "copy the folder to storage that every node mounts, or set trust_remote_code: false"
+            )
+        return self
+
+    @property
+    def location(self) -> str:
+        """What `paths.model_folder` takes: the path, of a hub id with the revision, as ``org/name@revision``."""
+        return f"{self.path}@{self.revision}" if self.revision else self.path
+
+    def folder(self, *, weights: bool = True) -> str:
+        """A local folder of the model, whose code may run in this process if the recipe trusts it.
+
+        Raises:
+            ModelError: as of `paths.model_folder`.
+        """
+        return paths.model_folder(self.location, weights=weights, code=self.trust_remote_code)
 
     @model_validator(mode="after")
     def _quantized_needs_adapter(self) -> Model:

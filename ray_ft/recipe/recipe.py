@@ -15,6 +15,7 @@ from ray_ft.recipe.run import Run
 from ray_ft.recipe.section import Section
 from ray_ft.recipe.serve import Evaluate, Serve
 from ray_ft.recipe.train import Train
+from ray_ft.recipe.tune import Tune
 
 
 class Recipe(Section):
@@ -24,6 +25,8 @@ class Recipe(Section):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     serve: Serve = Serve()
+    tune: Tune | None = None
+    """The sweep of `ray-ft tune`; null: none."""
 
     @model_validator(mode="after")
     def _quantized_is_whole(self) -> Recipe:
@@ -32,6 +35,21 @@ class Recipe(Section):
                 f"model.quantize: {self.model.quantize} keeps the whole 4-bit base on each worker, which "
                 f"train.strategy: {self.train.strategy} would cut up; set train.strategy: none, or model.quantize: null"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluates_beside_workers(self) -> Recipe:
+        if self.evaluate.during is not None:
+            if self.train.in_process:
+                raise ValueError(
+                    "evaluate.during answers beside the workers, and train.workers is 0; set train.workers to at least "
+                    "1, or evaluate.during: null"
+                )
+            if not self.data.eval:
+                raise ValueError(
+                    "evaluate.during answers held-out rows, and data.eval names none; name some, or set "
+                    "evaluate.during: null"
+                )
         return self
 
     def sized(self, workers: int) -> Recipe:

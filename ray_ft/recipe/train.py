@@ -117,7 +117,7 @@ class Train(Section):
     """Ray Train workers, one device each. [min, max]: elastic, as many as there is room for, with one global batch.
     0: in this process, without Ray and without sharding, for a debugger."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where the cluster has GPUs."""
+    """auto: cuda where the cluster has GPUs, or may come to have some."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """CPUs that each worker reserves; also its number of compute threads on CPU."""
     epochs: Annotated[int, Field(ge=1)] = 1

@@ -16,10 +16,11 @@ from typing import Any, Protocol
 
 import torch
 
-from ray_ft import paths, session
+from ray_ft import paths
 from ray_ft.data import stream
 from ray_ft.data.order import Order
 from ray_ft.errors import RayFtError, ResourceError, TrainingError
+from ray_ft.placement import capacity, reading_cpus
 from ray_ft.recipe import Recipe
 from ray_ft.strategy import Layout
 from ray_ft.train import worker
@@ -36,8 +37,8 @@ class Watcher(Protocol):
     def take(self, messages: list[Message]) -> None:
         """Take what the workers reported."""
 
-    def stop_requested(self) -> bool:
-        """Whether the run should end after the step under way, with a checkpoint."""
+    def asked(self) -> Ask:
+        """STOP or DROP where the run should end after the step under way."""
 
 
 def run(job: worker.Job, watcher: Watcher) -> int:
@@ -50,6 +51,8 @@ def run(job: worker.Job, watcher: Watcher) -> int:
 
     from ray_ft.train import controller
 
+    # Once: when the controller is started again, a node may be gone that the run was begun for.
+    cuda = on_gpus(job.recipe)
     board = place()
     budget = controller.Budget(job.recipe.train.failures.max_failures, job.recipe.run.dir.checkpoints)
     try:
@@ -58,16 +61,15 @@ def run(job: worker.Job, watcher: Watcher) -> int:
                 found = job.start()
                 if found and found.step >= total_steps(job.recipe, job.order):
                     return found.step  # the last checkpoint was there when the workers were lost
-                before = controller.groups()
                 try:
-                    return _fit(job, board)
+                    return _fit(job, board, cuda)
                 except RayActorError as error:  # of the controller: what happens to workers, it handles itself
                     if not budget.spend():
                         raise
                     why = (str(error).strip().splitlines() or ["?"])[0]
                     line = f"Ray Train's controller died ({why}); failure {budget}: starting again"
                     board.push.remote("lost", line)
-                    controller.remove_groups(controller.groups() - before)
+                    controller.remove_orphaned_groups()
     except Exception as error:
         raise _as_ours(error, job.recipe.run.dir) from error
     finally:
@@ -76,16 +78,14 @@ def run(job: worker.Job, watcher: Watcher) -> int:
         ray.kill(board)
 
 
-def _fit(job: worker.Job, board: Any) -> int:
+def _fit(job: worker.Job, board: Any, cuda: bool) -> int:
     import ray
-    from ray.data import ExecutionOptions
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
     from ray_ft.train.controller import EvenShares, Surroundings, Trainer
 
     recipe, settings = job.recipe, job.recipe.train
-    cuda = on_gpus(recipe)
     total = total_steps(recipe, job.order)
     backend = "nccl" if cuda else "gloo"
     if cuda and settings.fsdp.cpu_offload:
@@ -120,7 +120,7 @@ def _fit(job: worker.Job, board: Any) -> int:
         dataset_config=EvenShares(
             settings.global_batch,
             datasets_to_split=["train"],
-            execution_options=ExecutionOptions(preserve_order=True),
+            execution_options=stream.in_order(reading_cpus(capacity.cluster(), recipe)),
         ),
         sizes=sizes,
         failures=settings.failures,
@@ -144,13 +144,13 @@ def _relaying(board: Any, watcher: Watcher) -> Iterator[None]:
     failed: list[BaseException] = []
 
     def relay() -> None:
-        told = over = False
+        told, over = Ask.NOTHING, False
         try:
             while not over:
                 over = ended.wait(RELAY_SECONDS)
-                if watcher.stop_requested() and not told:
-                    board.ask.remote(Ask.STOP)
-                    told = True
+                if (wish := watcher.asked()) > told:
+                    board.ask.remote(wish)
+                    told = wish
                 watcher.take(ray.get(board.take.remote()))
         except Exception as error:  # nobody sees the run any more: it ends, with a checkpoint
             failed.append(error)
@@ -168,7 +168,10 @@ def _relaying(board: Any, watcher: Watcher) -> Iterator[None]:
 
 
 def on_gpus(recipe: Recipe) -> bool:
-    return recipe.train.device == "cuda" or (recipe.train.device == "auto" and session.gpus() > 0)
+    """Whether the recipe trains on GPUs of the connected cluster; those that may come count."""
+    return recipe.train.device == "cuda" or (
+        recipe.train.device == "auto" and capacity.on_gpus(recipe, capacity.cluster())
+    )
 
 
 def compute_dtype(recipe: Recipe, cuda: bool) -> torch.dtype:

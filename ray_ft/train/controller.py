@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -51,6 +51,7 @@ from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_act
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
 from ray_ft.errors import RayFtError, ResourceError, StorageError
+from ray_ft.hosts import choose_interface
 from ray_ft.recipe import Failures
 from ray_ft.session import SPARE_CPUS
 from ray_ft.train import checkpoint
@@ -82,7 +83,7 @@ class Trainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         # Ray's cleaner of placement groups asks the dashboard, of which not every cluster has one, and then stays for
-        # ever; `remove_groups` does its work.
+        # ever; `remove_own_groups` and `remove_orphaned_groups` do its work.
         return [
             one for one in super()._create_default_callbacks() if not isinstance(one, PlacementGroupCleanerCallback)
         ]
@@ -92,7 +93,7 @@ class Trainer(TorchTrainer):
             parts["scaling_policy"] = _EvenSizes(
                 self.scaling_config, self._sizes, self._board, self._failures, self._checkpoints
             )
-        parts["failure_policy"] = _Survival(self._failures, self._checkpoints, self._board, groups())
+        parts["failure_policy"] = _Survival(self._failures, self._checkpoints, self._board)
         # Ray reads these from the environment alone, and hands those of a set on to its controller.
         os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(self._failures.hang_seconds)
         os.environ[WORKER_GROUP_START_TIMEOUT_S_ENV_VAR] = str(PLACE_SECONDS)
@@ -102,20 +103,30 @@ class Trainer(TorchTrainer):
         return super()._initialize_and_run_controller(**parts)
 
 
-def groups() -> set[str]:
-    """Placement groups that this job holds, by id; their last four bytes are the job's."""
-    job = ray.get_runtime_context().get_job_id()
-    table = ray.util.placement_group_table()
-    return {group for group, facts in table.items() if group.endswith(job) and facts["state"] != "REMOVED"}
+def remove_orphaned_groups() -> None:
+    """Give back what controllers that died held for their workers: it goes with the job alone, not with the actor."""
+    # Of a group that no actor made, such as Ray Tune's for its trials, Ray says the same.
+    nobody = (b"", ray.ActorID.nil().binary())
+    _remove_groups(lambda facts: facts.creator_actor_dead and facts.creator_actor_id not in nobody)
 
 
-def remove_groups(names: set[str]) -> None:
-    """Give back what a controller that died held for its workers: it goes with the job alone, not with the actor."""
+def remove_own_groups() -> None:
+    """Give back what this actor, a controller, holds for its workers."""
+    here = ray.get_runtime_context().get_actor_id()
+    _remove_groups(lambda facts: facts.creator_actor_id.hex() == here)
+
+
+def _remove_groups(which: Callable[[Any], bool]) -> None:
+    """Remove placement groups of this job, in which there may be other runs: those of a sweep."""
     from ray._raylet import PlacementGroupID
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
     from ray.util.placement_group import PlacementGroup
 
-    for name in names:
-        ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+    job = ray.get_runtime_context().get_job_id()
+    for raw in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
+        facts = PlacementGroupTableData.FromString(raw)
+        if facts.creator_job_id.hex() == job and facts.state != PlacementGroupTableData.REMOVED and which(facts):
+            ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(facts.placement_group_id)))
 
 
 class EvenShares(DataConfig):
@@ -165,11 +176,11 @@ class Budget:
 class _Survival(FailurePolicy):
     """Whether the workers are started again after they failed, said in a line."""
 
-    def __init__(self, settings: Failures, checkpoints: str, board: Any, others: set[str]) -> None:
+    def __init__(self, settings: Failures, checkpoints: str, board: Any) -> None:
         from ray.train import FailureConfig
 
         super().__init__(FailureConfig())
-        self._settings, self._board, self._others = settings, board, others
+        self._settings, self._board = settings, board
         self._failures = Budget(settings.max_failures, checkpoints)
         self._preemptions = Budget(settings.max_preemptions, checkpoints)
         self._waiting_since: float | None = None
@@ -202,9 +213,9 @@ class _Survival(FailurePolicy):
     def _wait_for_room(self, error: ControllerError) -> FailureDecision:
         if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
             # Ray forgets the placement group of workers that die while they start.
-            remove_groups(groups() - self._others)
+            remove_own_groups()
             return self._again(self._failures, "failure", f"the workers did not start: {_last_line(error)}")
-        if ray.get(self._board.asked.remote()) is Ask.STOP:
+        if ray.get(self._board.asked.remote()) >= Ask.STOP:
             return FailureDecision.RAISE
         now = time.monotonic()
         if self._waiting_since is None:
@@ -323,7 +334,7 @@ class _EvenSizes(ElasticScalingPolicy):
         if self._waiting_since is None:
             self._waiting_since = now
             self._board.push.remote("line", f"waiting for room for {self._sizes[0]} workers, at most {limit:g} s")
-        stopped = ray.get(self._board.asked.remote()) is Ask.STOP
+        stopped = ray.get(self._board.asked.remote()) >= Ask.STOP
         if stopped or now - self._waiting_since > limit:
             why = "the run was stopped" if stopped else f"train.failures.wait_seconds = {limit:g} have passed"
             raise ResourceError(
@@ -375,17 +386,3 @@ def _on_sigterm(*_: Any) -> None:
 def leaving() -> bool:
     """Whether this worker has been told to go: SIGTERM to its process, or its node drains."""
     return _told.is_set() or get_train_context().preemption_context.preemption_info is not None
-
-
-def choose_interface(address: str) -> None:
-    """Let gloo and NCCL talk over the interface that has this node's address.
-
-    Left alone they ask what the host name resolves to, which in many clusters is loopback or nothing.
-    """
-    import psutil
-
-    for name, found in psutil.net_if_addrs().items():
-        if any(one.address == address for one in found):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # exactly this name, not all that begin with it
-            return

@@ -6,17 +6,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from ray_ft import paths, session
+from ray_ft import doctor, paths, placement, session
 from ray_ft.data import stream
 from ray_ft.data.order import Order
 from ray_ft.data.prepare import Prepared, Split, check, prepare
-from ray_ft.errors import DataError, ResourceError
+from ray_ft.errors import DataError, ResourceError, first_line
+from ray_ft.placement.nodes import is_connected
 from ray_ft.recipe import Recipe
 from ray_ft.strategy import Layout
 from ray_ft.train import cluster, worker
@@ -47,8 +48,41 @@ class Outcome:
         return self.finished >= self.total
 
 
-def train(recipe: Recipe, view: View) -> Outcome:
+class Companion(Protocol):
+    """What goes on beside a run, such as validation. Training waits for none of the calls but the last.
+
+    A call that fails is said in a line, and the run goes on without.
+    """
+
+    def started(self, say: Callable[[str], None]) -> None:
+        """The run is about to begin; `say` takes lines for people, from any thread."""
+
+    def resumed(self) -> None:
+        """The workers have what they need: for the first time, or again."""
+
+    def paused(self) -> None:
+        """The workers are gone: whatever this holds of the cluster, they may need to come back."""
+
+    def logged(self, row: dict[str, float], total: int) -> None:
+        """A row of metrics came, of a run of `total` steps."""
+
+    def ended(self, complete: bool) -> None:
+        """The workers are gone for good; the command waits for this call. `complete`: no step is left to take."""
+
+
+def train(
+    recipe: Recipe,
+    view: View,
+    beside: Sequence[Companion] = (),
+    asked: Callable[[], Ask] = lambda: Ask.NOTHING,
+    examined: bool = False,
+) -> Outcome:
     """Train the recipe, or continue it where it stands.
+
+    Args:
+        beside: is told of the run as it goes on; not where nothing is left to train.
+        asked: says STOP or DROP, beside signals, where the run should end; called often, from another thread.
+        examined: whoever calls has looked at the cluster already, as a sweep does for all its trials.
 
     Raises:
         RayFtError: of the kind that says what is wrong: storage, resources, data, model, checkpoint or training.
@@ -56,14 +90,22 @@ def train(recipe: Recipe, view: View) -> Outcome:
     began = time.monotonic()
     if recipe.train.in_process:
         job = prepare_job(recipe, view, stream.in_process)
-        return _Monitor(job, view, began).watch(_in_process)
+        return _Monitor(job, view, began, beside, asked).watch(_in_process)
     fewest = recipe.train.sizes[0]
     # A cluster's nodes may be on their way: train.failures.wait_seconds. This machine grows no CPUs.
-    with session.connected(0 if session.address() else fewest, recipe.train.cpus_per_worker):
-        if cluster.on_gpus(recipe) and not session.address():
-            session.check(fewest, recipe.train.cpus_per_worker, 1)
+    joins = session.address() or is_connected()
+    with session.connected(0 if joins else fewest, recipe.train.cpus_per_worker):
+        placement.refuse_impossible(recipe, view.line)
+        if not examined:
+            doctor.quick(recipe, view)
         job = prepare_job(recipe, view, stream.spread)
-        return _Monitor(job, view, began).watch(cluster.run)
+        return _Monitor(job, view, began, beside, asked).watch(cluster.run)
+
+
+def steps(recipe: Recipe, view: View) -> int:
+    """Steps that the recipe trains for; its data is prepared, or found prepared."""
+    spread = stream.in_process if recipe.train.in_process else stream.spread
+    return total_steps(recipe, prepare_data(recipe, view, spread).order)
 
 
 def prepare_job(recipe: Recipe, view: View, spread: Any) -> worker.Job:
@@ -100,7 +142,7 @@ def prepare_job(recipe: Recipe, view: View, spread: Any) -> worker.Job:
 def prepare_data(recipe: Recipe, view: View, spread: Any) -> worker.Job:
     """Prepare the recipe's data, or find it prepared; the run's directory is not touched."""
     paths.probe_writable(recipe.run.storage)
-    folder = paths.model_folder(recipe.model.path, weights=False)
+    folder = recipe.model.folder(weights=False)
     prepared: dict[Split, Prepared] = {}
     splits: list[Split] = ["train", "eval"] if recipe.data.eval else ["train"]
     for split in splits:
@@ -112,8 +154,15 @@ def prepare_data(recipe: Recipe, view: View, spread: Any) -> worker.Job:
 class _Monitor:
     """Runs the workers in a thread and shows what they report; Ctrl-C and SIGTERM end it with a checkpoint."""
 
-    def __init__(self, job: worker.Job, view: View, began: float) -> None:
-        self.job, self._view, self._began = job, view, began
+    def __init__(
+        self,
+        job: worker.Job,
+        view: View,
+        began: float,
+        beside: Sequence[Companion] = (),
+        asked: Callable[[], Ask] = lambda: Ask.NOTHING,
+    ) -> None:
+        self.job, self._view, self._began, self._beside, self._asked = job, view, began, beside, asked
         self._signal: int | None = None
         self._first: float | None = None
         self._lost: float | None = None  # when a failure was heard of
@@ -146,6 +195,7 @@ class _Monitor:
         try:
             # A live panel would draw over a debugger's prompt.
             with self._view.training(self._total, at, plain=recipe.train.in_process) as self._panel:
+                self._tell(lambda one: one.started(self.say))
                 thread.start()
                 self._wait(over)
         except KeyboardInterrupt:
@@ -156,7 +206,8 @@ class _Monitor:
             raise
         finally:
             self._recording(self._log.close)
-        if failed and not (self.stop_requested() and isinstance(failed[0], ResourceError)):  # stopped while it waited
+            self._tell(lambda one: one.ended(bool(done) and done[0] >= self._total))
+        if failed and not (self.asked() and isinstance(failed[0], ResourceError)):  # stopped while it waited
             raise failed[0]
         done = done or [at]
         seconds = time.monotonic() - self._began
@@ -200,11 +251,13 @@ class _Monitor:
             )
         self._lost = None
         self._recording(lambda: self._log.rewind(step, rows))
+        self._tell(lambda one: one.resumed())
 
     def lost(self, why: str) -> None:
         """The workers are gone; `begin` follows if they come back."""
         self._view.line(why)
         self._lost = self._lost or time.monotonic()
+        self._tell(lambda one: one.paused())
 
     def say(self, line: str) -> None:
         """Takes a line for people from the workers."""
@@ -218,6 +271,7 @@ class _Monitor:
         self._recording(lambda: self._log.add(row))
         if "checkpoint_seconds" in row:
             self._recording(self._log.flush)
+        self._tell(lambda one: one.logged(row, self._total))
 
     def _recording(self, write: Callable[[], None]) -> None:
         try:
@@ -225,11 +279,16 @@ class _Monitor:
         except OSError as error:  # the training itself may still reach its storage; losing it over a log would be worse
             self._view.line(f"metrics could not be written: {error}")
 
-    def stop_requested(self) -> bool:
-        return self._signal is not None
+    def _tell(self, what: Callable[[Companion], None]) -> None:
+        for one in self._beside:
+            try:
+                what(one)
+            except Exception as error:
+                self.say(f"{type(one).__name__} beside the training failed: {first_line(error)}; training goes on")
 
     def asked(self) -> Ask:
-        return Ask.STOP if self.stop_requested() else Ask.NOTHING
+        """What is asked of the workers: to end, by a signal or by whoever started the run."""
+        return max(self._asked(), Ask.NOTHING if self._signal is None else Ask.STOP)
 
 
 def _in_process(job: worker.Job, monitor: _Monitor) -> int:

@@ -25,7 +25,8 @@ NAMED = 16  # samples of each worker that an error names
 
 
 class Ask(IntEnum):
-    """What is asked of the loop; each but the first ends it after the step under way, with a checkpoint."""
+    """What is asked of the loop; each but the first ends it after the step under way, all but the last with a
+    checkpoint."""
 
     NOTHING = 0
     GROW = 1
@@ -34,6 +35,8 @@ class Ask(IntEnum):
     """To make way, as a worker has to go."""
     STOP = 3
     """To end the run."""
+    DROP = 4
+    """To end the run at once: what it did since its last checkpoint is not wanted."""
 
 
 class Link(Protocol):
@@ -155,7 +158,8 @@ def train(
         if asked is Ask.GROW and finished < deaf:
             asked = Ask.NOTHING
         ending = asked is not Ask.NOTHING or finished == total
-        saving = ending or due(settings.checkpoint.every, finished, total)
+        dropped = asked is Ask.DROP and finished < total
+        saving = not dropped and (ending or due(settings.checkpoint.every, finished, total))
         logging = layout.rank == 0 and (
             held_out_due or saving or finished == start + 1 or due(settings.log_every, finished, total)
         )
@@ -177,7 +181,7 @@ def train(
     return finished, Ask.NOTHING if finished == total else asked
 
 
-WISHES = (Ask.GROW, Ask.LEAVE, Ask.STOP)
+WISHES = (Ask.GROW, Ask.LEAVE, Ask.STOP, Ask.DROP)
 
 
 def wishes(link: Link) -> list[float]:

@@ -79,7 +79,7 @@ class Job:
         """What must not change for a run to be continued, so that step, batch and weights keep their meaning."""
         adapter = self.recipe.model.adapter
         return {
-            "model.path": self.recipe.model.path,
+            "model.path": self.recipe.model.location,
             # Of an adapter, what the shapes of its tensors do not tell.
             "model.adapter.name": adapter.name if adapter else None,
             "model.adapter.alpha": adapter.alpha if adapter else None,
@@ -161,13 +161,16 @@ def run(
     if layout.rank == 0:
         link.begin(start, layout.world, time.monotonic() - began, rows)
 
+    details = {"recipe_sha256": recipe.sha256, "world_size": layout.world, **job.identity()}
+    if layout.rank == 0:  # which alone writes them; the gate compares it before an export
+        details[load.FINGERPRINT] = load.fingerprint(recipe.model.folder())
     with closing(
         Saver(
             recipe.run.dir.checkpoints,
             recipe.train.checkpoint.keep,
             layout.rank,
             layout.world,
-            {"recipe_sha256": recipe.sha256, "world_size": layout.world, **job.identity()},
+            details,
             recipe.train.checkpoint.background,
             link.say,
             recipe.run.dir.at("ledger"),
@@ -238,7 +241,7 @@ def build(recipe: Recipe, layout: Layout) -> Built:
     """The recipe's model, laid out over the workers, with the base's weights and a new optimizer, ready to train."""
     if recipe.model.quantize:
         quantize.check(layout.device.type)
-    folder = paths.model_folder(recipe.model.path)
+    folder = recipe.model.folder()
     config = load.load_config(folder)
     chosen = attention.choose(recipe.model.attention, layout.device.type, config, layout.dtype)
     model = load.build(config, chosen.implementation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from ray_ft.data import ledger, stream
 from ray_ft.data.prepare import prepare
 from ray_ft.demo import PROMPT, DemoPaths
 from ray_ft.errors import CheckpointError, DataError, ExportError, ModelError, ResourceError
+from ray_ft.evaluate import during
 from ray_ft.export import export
 from ray_ft.paths import Manifest
 from ray_ft.recipe import Recipe
@@ -175,17 +177,50 @@ def test_ray_data_prepares_the_same_rows_as_one_process(ray_cluster: None, make:
 def test_evaluation_finds_the_loss_that_training_reported(trained: Recipe, view: View) -> None:
     report = evaluate.evaluate(trained.run.dir.root, view)
     reported = [row["eval_loss"] for row in read_metrics(trained.run.dir) if "eval_loss" in row][-1]
-    assert report["loss"] == pytest.approx(reported, rel=1e-5)
-    assert report["step"] == STEPS
-    assert report["rows"] == 12
-    assert "nrefs:1" in report["chrf_signature"]
+    assert report["model"]["loss"] == pytest.approx(reported, rel=1e-5)
+    assert report["base"]["loss"] > report["model"]["loss"] + 0.1  # of the weights that training began with
+    assert report["base"]["target_tokens"] == report["model"]["target_tokens"]
+    assert (report["step"], report["engine"], report["rows"]) == (STEPS, "transformers", 12)
+    assert "nrefs:1" in report["signatures"]["chrf"]
     assert json.loads(paths.read_text(trained.run.dir.evaluation)) == report
+    assert len(paths.read_json(trained.run.dir.examples)["examples"]) == 12
+
+
+def test_validation_goes_on_beside_the_training_and_holds_no_step_up(
+    ray_cluster: None, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer, slow = during._Validator.answer, 3.0
+
+    class Slow(during._Validator):
+        def answer(self, prompts: Any) -> during.Answered:
+            found = answer(self, prompts)
+            time.sleep(slow)
+            return found
+
+    monkeypatch.setattr(during, "_Validator", Slow)
+    out = io.StringIO()
+    settings = {"evaluate.during": {"every": 2, "max_rows": 4, "gpus": 0}, "train.max_steps": 60}
+    recipe = make(**on_ray(name="validated", **settings, **{"train.checkpoint.keep": 100}))
+    outcome = launch.train(recipe, View(Console(file=out, soft_wrap=True)), beside=[during.Validation(recipe)])
+    assert outcome.complete
+    steps = [row["step_seconds"] for row in read_metrics(recipe.run.dir)]
+    assert len(steps) == 60 and max(steps) < slow
+    results = paths.list_dir(recipe.run.dir.validations)
+    assert results[-1] == "step_00000060.json" and len(results) < 30  # training was faster: steps were passed over
+    last = paths.read_json(paths.join(recipe.run.dir.validations, results[-1]))
+    assert (last["step"], last["rows"], last["failed"]) == (60, 4, 0) and last["seconds"] > slow
+    report = evaluate.evaluate(recipe.run.dir.root, View(Console(quiet=True)), base=False)
+    answers = {row["origin"]: row["answer"] for row in report["samples"]}
+    asked = {row["origin"]: row["answer"] for row in last["samples"]}
+    assert all(answers[origin] == text for origin, text in asked.items() if origin in answers)
+    assert "validation of step 60: exact match" in out.getvalue()
+    assert [name for name in paths.list_dir(recipe.run.dir.tensorboard) if name == "validation"]
 
 
 def test_the_export_is_what_was_trained(trained: Recipe, view: View, demo: DemoPaths) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    manifest = export(trained.run.dir.root, view)
+    manifest = export(trained.run.dir.root, view, vllm=False)
     assert Manifest.load(trained.run.dir.root).content == manifest.content
     assert manifest.content["step"] == STEPS
     assert manifest.model["stop_token_ids"] == [1, 5]
@@ -223,7 +258,7 @@ def damage(run: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None
 def test_export_refuses_weights_that_are_not_finite(copied: Path, view: View) -> None:
     damage(copied, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
     with pytest.raises(ExportError, match=r"model\.norm\.weight holds values that are not finite"):
-        export(str(copied), view)
+        export(str(copied), view, vllm=False)
     assert not (copied / "export").exists()
 
 
@@ -233,24 +268,7 @@ def test_export_refuses_what_is_still_the_base(copied: Path, view: View, demo: D
     base = load_file(os.path.join(demo.base, "model.safetensors"))
     damage(copied, lambda tensors: [tensor.copy_(base[name]) for name, tensor in tensors.items()] and None)
     with pytest.raises(ExportError, match="no tensor differs from the base"):
-        export(str(copied), view)
-
-
-def test_export_refuses_a_folder_that_answers_otherwise(
-    copied: Path, view: View, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from safetensors.torch import save_file
-
-    def swapped(tensors: dict[str, torch.Tensor], file: str, metadata: dict[str, str]) -> None:
-        layers = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"]
-        tensors = dict(tensors)
-        tensors[layers[0]], tensors[layers[1]] = tensors[layers[1]], tensors[layers[0]]
-        save_file(tensors, file, metadata=metadata)
-
-    monkeypatch.setattr("safetensors.torch.save_file", swapped)
-    with pytest.raises(ExportError, match="logits differ"):
-        export(str(copied), view)
-    assert not (copied / "export").exists()
+        export(str(copied), view, vllm=False)
 
 
 def test_a_base_in_several_files_is_exported_in_several(
@@ -269,7 +287,7 @@ def test_a_base_in_several_files_is_exported_in_several(
     paths.write_json(str(base / "model.safetensors.index.json"), {"metadata": {}, "weight_map": index})
     recipe = make(**on_ray(name="two-files-run", **{"model.path": str(base), "train.workers": 0}))
     launch.train(recipe, view)
-    manifest = export(recipe.run.dir.root, view)
+    manifest = export(recipe.run.dir.root, view, vllm=False)
     assert len([name for name in manifest.content["files"] if name.endswith(".safetensors")]) == 2
 
 
@@ -281,22 +299,22 @@ def test_an_export_replaces_nothing_but_an_export(copied: Path, view: View, tmp_
         export(str(copied), view, to=str(precious))
     assert (precious / "thesis.txt").read_text() == "years of work"
     for _ in range(2):  # new, then over itself
-        export(str(copied), view, to=str(tmp_path / "new"))
+        export(str(copied), view, to=str(tmp_path / "new"), vllm=False)
     assert sorted(os.listdir(tmp_path)) == ["copy", "new", "precious"]
 
 
 def test_an_export_needs_no_raw_data(copied: Path, view: View) -> None:
     resolved = (copied / "recipe.yaml").read_text()
     (copied / "recipe.yaml").write_text(resolved.replace("/train/part-", "/gone/part-").replace("heldout", "gone"))
-    assert export(str(copied), view).content["step"] == STEPS
+    assert export(str(copied), view, vllm=False).content["step"] == STEPS
 
 
 def test_a_failed_export_keeps_the_one_before(copied: Path, view: View) -> None:
-    export(str(copied), view)
+    export(str(copied), view, vllm=False)
     before = Manifest.load(str(copied)).content
     damage(copied, lambda tensors: tensors["model.norm.weight"].fill_(float("inf")))
     with pytest.raises(ExportError):
-        export(str(copied), view)
+        export(str(copied), view, vllm=False)
     assert Manifest.load(str(copied)).content == before
 
 

@@ -37,7 +37,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one
 _PRELOADED += ["transformers.models.gemma3.modeling_gemma3", "transformers.models.llama.modeling_llama"]
 
 
-def run(world: int, function: Callable[..., Any], *args: Any, seconds: float = 90) -> list[Any]:
+def run(world: int, function: Callable[..., Any], *args: Any, seconds: float = 240) -> list[Any]:
     """Call ``function(rank, world, *args)`` on `world` processes joined by gloo, one thread each.
 
     Args:

@@ -222,8 +222,8 @@ def test_another_tokenizer_in_the_same_folder_is_refused(
     mixture: Mixture, monkeypatch: pytest.MonkeyPatch, demo: DemoPaths
 ) -> None:
     recipe, off = mixture("data.cache=off")
-    known = module._tokenizer_identity(demo.base)
-    monkeypatch.setattr(module, "_tokenizer_identity", lambda model: {**known, "tokenizer": "another"})
+    known = module._tokenizer_identity(demo.base, False)
+    monkeypatch.setattr(module, "_tokenizer_identity", lambda model, code: {**known, "tokenizer": "another"})
     with pytest.raises(ModelError, match="is not the one that the data was prepared with"):
         batches(recipe, off)
 

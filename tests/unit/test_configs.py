@@ -22,16 +22,18 @@ from ray_ft.recipe import Recipe
 from ray_ft.strategy import Layout
 from ray_ft.strategy.deepspeed import Zero
 from ray_ft.strategy.fsdp import FSDP
+from ray_ft.tune.space import check
 
 FOLDER = Path(__file__).parents[2] / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
 GEMMA = [file for file in FILES if file.name.startswith("gemma3_")]
+SWEEPS = [file for file in FILES if file.stem.endswith("_sweep")]
 PER_NODE = 8
 
 
 def commands(file: Path) -> list[list[str]]:
-    """The overrides of each `ray-ft train` command in a recipe's comments."""
-    found = re.findall(r"^# ray-ft train (\S+)(.*)$", file.read_text(), re.MULTILINE)
+    """The overrides of each `ray-ft train` or `ray-ft tune` command in a recipe's comments."""
+    found = re.findall(r"^# ray-ft (?:train|tune) (\S+)(.*)$", file.read_text(), re.MULTILINE)
     assert {path for path, _ in found} == {f"configs/{file.name}"}
     return [rest.split("(")[0].split() for _, rest in found]
 
@@ -49,7 +51,8 @@ def ways(*strategies: str) -> list[Any]:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_it_says_its_command_on_the_first_line_and_parses(file: Path) -> None:
-    assert file.read_text().startswith(f"# ray-ft train configs/{file.name}")
+    verb = "tune" if file in SWEEPS else "train"
+    assert file.read_text().startswith(f"# ray-ft {verb} configs/{file.name}")
     for overrides in commands(file):
         recipes.load(str(file), overrides)
 
@@ -63,8 +66,11 @@ def test_it_holds_only_what_differs_from_the_defaults(file: Path) -> None:
         elif given == default:
             yield at
 
-    content = yaml.safe_load(file.read_text()).get("train", {})
-    found = set(repeated(content, recipes.Train().model_dump(mode="json"), "train"))
+    content = yaml.safe_load(file.read_text())
+    found = set(repeated(content.get("train", {}), recipes.Train().model_dump(mode="json"), "train"))
+    if "tune" in content:
+        defaults = {name: field.default for name, field in recipes.Tune.model_fields.items() if name != "space"}
+        found |= set(repeated(content["tune"], defaults, "tune"))
     looked_for = {"train.strategy", "train.workers", "train.global_batch", "train.optimizer.lr"}
     assert not found - looked_for  # what a reader looks for is said in any case
 
@@ -75,6 +81,31 @@ def test_the_seeds_settings_are_those_of_the_27b_recipes() -> None:
         assert (recipe.train.optimizer.name, recipe.train.optimizer.lr) == ("adafactor", 1e-4)
         assert (recipe.train.global_batch, recipe.data.seq_len) == (16, 1024)
         assert "input_embeddings" in recipe.model.freeze
+
+
+def test_sweeps_are_those_and_their_spaces_hold() -> None:
+    assert {file.stem for file in SWEEPS} == {"gemma3_4b_lora_sweep", "gemma3_27b_lora_sweep", "quickstart_sweep"}
+    for file in FILES:
+        recipe = recipes.load(str(file))
+        assert (recipe.tune is not None) == (file in SWEEPS)
+        if recipe.tune is None:
+            continue
+        space = check(recipe)
+        for number in range(recipe.tune.wanted or 0):
+            one = recipes.parse(space.apply(space.draw(number)))
+            if one.model.adapter is not None:
+                assert one.model.adapter.alpha == 2 * one.model.adapter.rank
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "at_once"), [("gemma3_4b_lora_sweep", 8, 4), ("gemma3_27b_lora_sweep", 16, 4)]
+)
+def test_sweeps_run_as_many_trials_at_once_as_they_say(name: str, gpus: int, at_once: int) -> None:
+    text = (FOLDER / f"{name}.yaml").read_text()
+    train = recipes.load(str(FOLDER / f"{name}.yaml")).train
+    words = {2: "two", 4: "four"}
+    assert f"on {gpus} GPUs of 80 GB {words[at_once]} trials at once, of {words[train.world_size]} GPUs each" in text
+    assert train.world_size * at_once == gpus
 
 
 # ------------------------------------------------------------------------------------------------- at its real size

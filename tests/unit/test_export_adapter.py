@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, Gemma3Config
 from ray_ft import paths
 from ray_ft.demo import DemoPaths
 from ray_ft.errors import CheckpointError, ExportError
-from ray_ft.export import export, proof
+from ray_ft.export import export, vllm_process
+from ray_ft.export.reference import Tolerance
 from ray_ft.model import adapter, quantize
 from ray_ft.recipe import Recipe
 from ray_ft.span import Span
@@ -90,9 +91,9 @@ def test_an_export_is_the_base_with_the_adapter_merged_into_it(
     stored = {key.split("/")[1] for key in checkpoint.index(found.found.location)}
     assert stored == names  # neither weights nor optimizer state of anything else
 
-    manifest = export(recipe.run.dir.root, Quiet())
+    manifest = export(recipe.run.dir.root, Quiet(), vllm=False)
     checks = manifest.content["checks"]
-    assert checks["logits_max_difference"] < 1e-4 < checks["adapter_logits_change"]
+    assert checks["logits_transformers"]["difference_rms"] < 1e-5 < 1e-2 < checks["adapter_effect"]["change_rms"]
 
     before, after = files_of(base.base), files_of(manifest.folder)
     assert {file: set(tensors) for file, tensors in after.items()} == {f: set(t) for f, t in before.items()}
@@ -146,8 +147,11 @@ def test_an_adapter_that_changes_nothing_is_not_published(
 ) -> None:
     recipe = trained(base, storage, f"nothing-{kind}", {"name": kind, "rank": 2}, "train.max_steps=1")
     run = rewritten(recipe, tmp_path / "run", lambda key, t: t.zero_() if key.endswith(adapter.UP) else t)
-    with pytest.raises(ExportError, match="adapter changes nothing after 1 steps: B is zero in all its 14 layers"):
-        export(run, Quiet())
+    with pytest.raises(
+        ExportError,
+        match=r"check 'adapter_effect' failed: .* changes nothing after 1 steps: B is zero in all its 14 layers",
+    ):
+        export(run, Quiet(), vllm=False)
     assert not paths.exists(Trained.of(run).run.export)
 
 
@@ -155,20 +159,20 @@ def test_values_that_are_not_finite_are_not_published(lora: Recipe, tmp_path: Pa
     def poison(key: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.fill_(float("nan")) if key.endswith("layers.1.mlp.up_proj" + adapter.UP) else tensor
 
-    with pytest.raises(ExportError, match=r"layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
-        export(rewritten(lora, tmp_path / "run", poison), Quiet())
+    with pytest.raises(ExportError, match=r"check 'finite' failed: .*layers\.1\.mlp\.up_proj\.weight holds values"):
+        export(rewritten(lora, tmp_path / "run", poison), Quiet(), vllm=False)
 
 
 def test_a_wrong_merge_is_not_published(lora: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, right = copy_of(lora, tmp_path / "run"), adapter.merge
     monkeypatch.setattr(adapter, "merge", lambda w, a, b, m, s: right(w, a, b / 2, m, s))
-    with pytest.raises(ExportError, match=r"logits differ from the trained ones by .* over 0\.0001"):
-        export(run, Quiet())
+    with pytest.raises(ExportError, match=r"check 'logits_transformers' failed: .* differs .* over 0\.0001"):
+        export(run, Quiet(), vllm=False)
     # A tolerance that is too wide to see it, and next to nothing merged: the base model in all but name.
-    monkeypatch.setattr(proof, "_tolerance", lambda dtype, logits: 1e3)
+    monkeypatch.setattr(Tolerance, "of", lambda dtype, layers: Tolerance(1e3))
     monkeypatch.setattr(adapter, "merge", lambda w, a, b, m, s: right(w, a, -b / 1000, m, s))
     with pytest.raises(ExportError, match="this may as well be the base model"):
-        export(run, Quiet())
+        export(run, Quiet(), vllm=False)
     assert not paths.exists(Trained.of(run).run.export)
 
 
@@ -191,20 +195,68 @@ def test_an_adapter_over_4_bits_is_merged_into_the_rounded_base(
     monkeypatch.setattr(quantize, "check", lambda device: None)  # the arithmetic is the same on a CPU …
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)  # … but for a layout of wide rows
     recipe = trained(base, storage, "qlora", {"rank": 4}, "model.quantize=nf4", "model.dtype=float32")
-    manifest = export(recipe.run.dir.root, Quiet())
+    manifest = export(recipe.run.dir.root, Quiet(), vllm=False)
     checks = manifest.content["checks"]
-    assert checks["logits_max_difference"] < 1e-4 < checks["adapter_logits_change"]
+    assert checks["logits_transformers"]["difference_rms"] < 1e-5 < 1e-2 < checks["adapter_effect"]["change_rms"]
     rounded = AutoModelForCausalLM.from_pretrained(manifest.folder)
     start = AutoModelForCausalLM.from_pretrained(base.base)
     for name, parameter in rounded.named_parameters():
         assert ("proj" in name) == (not torch.equal(parameter, start.get_parameter(name))), name
 
 
+# ------------------------------------------------------------------------------------------------ the adapter alone
+
+
+@pytest.mark.parametrize("name", ["lora", "rslora", "dora"])
+def test_an_adapter_alone_is_what_peft_reads_beside_the_base(
+    name: str, base: DemoPaths, storage: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    recipe = trained(base, storage, f"alone-{name}", {"name": name, "rank": 4, "alpha": 12})
+    run = recipe.run.dir.root
+    if name == "dora":
+        with pytest.raises(ExportError, match="vLLM serves no DoRA adapter") as failure:
+            export(run, Quiet(), adapter_only=True)
+        assert "--no-vllm" in str(failure.value)
+    manifest = export(run, Quiet(), adapter_only=True, vllm=False)
+    assert manifest.folder == recipe.run.dir.adapter and manifest.is_adapter
+    assert manifest.model["rank"] == 4 and manifest.model["architecture"] == "Gemma3ForCausalLM"
+    assert manifest.model["parameters"] == sum(t.numel() for f in files_of(base.base).values() for t in f.values())
+    config = paths.read_json(paths.join(manifest.folder, "adapter_config.json"))
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 12, base.base)
+    assert (config["use_rslora"], config["use_dora"]) == (name == "rslora", name == "dora")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.base), manifest.folder).eval()
+    live = Trained.of(run).model(torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(model(IDS).logits, live(IDS).logits, rtol=0, atol=1e-4)
+    with model.disable_adapter():
+        assert (model(IDS).logits - live(IDS).logits).abs().max() > 0.05
+
+
+def test_an_adapter_alone_that_is_not_all_that_was_trained_is_refused(
+    base: DemoPaths, storage: Path, lora: Recipe, tmp_path: Path
+) -> None:
+    whole = recipe_of(base, storage, "run.name=whole-model", "data.eval=[]", "train.max_steps=1")
+    assert launch.train(whole, Quiet()).complete
+    with pytest.raises(ExportError, match="the run has no adapter"):
+        export(whole.run.dir.root, Quiet(), adapter_only=True, vllm=False)
+    beside = trained(base, storage, "beside", {"rank": 2}, 'model.unfreeze=["*input_layernorm*"]', "train.max_steps=1")
+    with pytest.raises(ExportError, match=r"model.unfreeze trained model\.layers\.0\.input_layernorm\.weight"):
+        export(beside.run.dir.root, Quiet(), adapter_only=True, vllm=False)
+    run = copy_of(lora, tmp_path / "rounded")
+    recipe = Path(run, "recipe.yaml")
+    recipe.write_text(recipe.read_text().replace("quantize: null", "quantize: nf4"))
+    with pytest.raises(ExportError, match="beside a base rounded to 4 bits"):
+        export(run, Quiet(), adapter_only=True, vllm=False)
+    for failed in (whole.run.dir, beside.run.dir, paths.RunDir(run)):
+        assert not paths.exists(failed.adapter)
+
+
 # ---------------------------------------------------------------------------------------------------- vision models
 
 
 def test_an_adapter_on_a_vision_model_is_merged_under_the_names_of_its_files(
-    demo: DemoPaths, storage: Path, tmp_path: Path
+    demo: DemoPaths, storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "vision"
     shutil.copytree(demo.base, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
@@ -216,9 +268,9 @@ def test_an_adapter_on_a_vision_model_is_merged_under_the_names_of_its_files(
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     base = DemoPaths(demo.folder, str(folder), demo.train, demo.heldout)
     recipe = trained(base, storage, "vision", {"rank": 4})
-    manifest = export(recipe.run.dir.root, Quiet())
+    manifest = export(recipe.run.dir.root, Quiet(), vllm=False)
     checks = manifest.content["checks"]
-    assert checks["logits_max_difference"] < 1e-4 < checks["adapter_logits_change"]
+    assert checks["logits_transformers"]["difference_rms"] < 1e-5 < 1e-2 < checks["adapter_effect"]["change_rms"]
     (before,), (after,) = files_of(str(folder)).values(), files_of(manifest.folder).values()
     changed = {key for key, tensor in after.items() if not tensor.equal(before[key])}
     assert after.keys() == before.keys()
@@ -228,6 +280,8 @@ def test_an_adapter_on_a_vision_model_is_merged_under_the_names_of_its_files(
     assert type(model).__name__ == "Gemma3ForConditionalGeneration"
     live = Trained.of(recipe.run.dir.root).model(torch.device("cpu"), torch.float32)
     torch.testing.assert_close(model(IDS).logits, live(IDS).logits, rtol=0, atol=1e-4)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torchvision" else object())
+    assert "torchvision" in (vllm_process.obstacle(Trained.of(recipe.run.dir.root)) or "")
 
 
 def test_a_tied_weight_that_the_base_stores_twice_is_exported_once(demo: DemoPaths, tmp_path: Path) -> None:
@@ -242,7 +296,7 @@ def test_a_tied_weight_that_the_base_stores_twice_is_exported_once(demo: DemoPat
     options = ("data.eval=[]", "train.max_steps=3", "train.optimizer.lr=0.02")
     recipe = recipe_of(twice, tmp_path / "runs", *options)
     assert launch.train(recipe, Quiet()).complete
-    manifest = export(recipe.run.dir.root, Quiet())
+    manifest = export(recipe.run.dir.root, Quiet(), vllm=False)
     [(_, exported)] = files_of(manifest.folder).items()
     assert exported.keys() == tensors.keys()
     assert not exported["model.embed_tokens.weight"].equal(tensors["model.embed_tokens.weight"])

@@ -267,6 +267,19 @@ def test_broken_index(broken: Callable[[str], Path]) -> None:
     refused(folder, load.INDEX)
 
 
+def test_a_fingerprint_is_of_every_tensor_and_of_whole_files(broken: Callable[[str], Path]) -> None:
+    folder = broken("llama")
+    before = load.fingerprint(str(folder))
+    assert load.fingerprint(str(folder)) == before
+    path = next(folder.glob("*.safetensors"))
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # the last tensor is small
+    assert load.fingerprint(str(folder)) != before
+    path.write_bytes(b"\xff" * 16)
+    with pytest.raises(ModelError, match="is damaged"):
+        load.fingerprint(str(folder))
+
+
 def test_no_weights(broken: Callable[[str], Path]) -> None:
     folder = broken("gemma")
     (folder / load.SINGLE).unlink()

@@ -434,7 +434,7 @@ def test_a_model_of_the_hub_is_resolved_where_the_work_is_done_once_per_process(
 ) -> None:
     asked: list[tuple[str, bool]] = []
 
-    def model_folder(location: str, *, weights: bool = True) -> str:
+    def model_folder(location: str, *, weights: bool = True, code: bool = False) -> str:
         asked.append((location, weights))
         return demo.base
 

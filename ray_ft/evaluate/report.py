@@ -1,0 +1,265 @@
+"""What an evaluation found: report.json, the examples for the playground, and a short table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from ray_ft import paths
+from ray_ft.answers.target import Answer
+from ray_ft.evaluate.compare import Difference, compare
+from ray_ft.evaluate.losses import Loss
+from ray_ft.evaluate.questions import Question, groups
+from ray_ft.evaluate.scores import SHARES, Scored, Scorer, label_report, sentence_chrf
+from ray_ft.recipe import Recipe
+from ray_ft.view import View
+
+WORST = 10  # examples that a report lists
+SAMPLES = 20
+SHOWN_GROUPS = 12  # language pairs, and sources, in the tables for people
+GROUP_SCORES = ("exact_match", "chrf", "bleu")  # which of their scores
+TITLES = {
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "exact_match": "exact match",
+    "chrf": "chrF",
+    "bleu": "BLEU",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+}
+
+
+@dataclass(frozen=True)
+class System:
+    """One model's part in an evaluation.
+
+    Attributes:
+        name: what was asked, for people.
+        engine: what answered.
+        loss: or why there is none.
+        answers: one for each question.
+    """
+
+    name: str
+    engine: str
+    loss: Loss | str
+    answers: Sequence[Answer]
+
+    @property
+    def texts(self) -> list[str]:
+        return [answer.text.strip() for answer in self.answers]
+
+
+def build(
+    head: dict[str, Any], recipe: Recipe, questions: Sequence[Question], model: System, base: System | None
+) -> dict[str, Any]:
+    """The content of report.json.
+
+    Args:
+        head: what stands first: the run and the step.
+        base: None: it was not asked.
+    """
+    labels = recipe.evaluate.labels
+    references = [question.reference for question in questions]
+    scorer = Scorer(references, [question.target_language for question in questions], labels)
+    scored, base_scored = (scorer.scored(one.texts) if one else None for one in (model, base))
+    assert scored is not None
+    chrf = [sentence_chrf(text, reference) for text, reference in zip(model.texts, references, strict=True)]
+    each = [_example(number, question, model, base, chrf[number]) for number, question in enumerate(questions)]
+    wrong = [row for row in each if row["answer"] != row["reference"].strip()]
+    everything = list(range(len(questions)))
+    found_labels = label_report(model.texts, references, labels) if labels else None
+    if found_labels is not None and base:
+        found_labels["base"] = label_report(base.texts, references, labels)
+    return {
+        **head,
+        "engine": model.engine,
+        "rows": len(questions),
+        "model": _of(model, scorer, scored),
+        "base": _of(base, scorer, base_scored) if base and base_scored else None,
+        "difference": _differences(scorer, scored, base_scored, everything, recipe),
+        "signatures": scorer.signatures(),
+        "groups": {
+            kind: {
+                name: {
+                    "rows": len(rows),
+                    "model": scorer.scores(scored, rows),
+                    "base": scorer.scores(base_scored, rows) if base_scored else None,
+                    "difference": _differences(scorer, scored, base_scored, rows, recipe),
+                    "bleu_signature": scorer.signatures(rows)["bleu"],
+                }
+                for name, rows in members.items()
+            }
+            for kind, members in groups(questions).items()
+        },
+        "labels": found_labels,
+        "worst": sorted(wrong, key=lambda row: row["chrf"])[:WORST],
+        "samples": each[:SAMPLES],
+    }
+
+
+def _of(system: System, scorer: Scorer, scored: Scored) -> dict[str, Any]:
+    loss = system.loss
+    judged: dict[str, Any] = {"loss": None, "perplexity": None, "no_loss": loss}
+    if isinstance(loss, Loss):
+        judged = {
+            "loss": loss.loss,
+            "perplexity": loss.perplexity,
+            "packed_rows": loss.rows,
+            "target_tokens": loss.tokens,
+        }
+    failed = [answer.error for answer in system.answers if answer.error]
+    return {
+        "name": system.name,
+        **judged,
+        "scores": scorer.scores(scored),
+        "cut_off": sum(answer.finish == "length" for answer in system.answers),
+        "failed": len(failed),
+        **({"first_failure": failed[0]} if failed else {}),
+    }
+
+
+def _differences(
+    scorer: Scorer, model: Scored, base: Scored | None, rows: Sequence[int], recipe: Recipe
+) -> dict[str, dict[str, float]]:
+    if base is None:
+        return {}
+    found: dict[str, Difference | None] = {
+        metric.name: compare(
+            model.statistics[metric.name][rows],
+            base.statistics[metric.name][rows],
+            metric.score,
+            recipe.evaluate.resamples,
+            recipe.run.seed,
+        )
+        for metric in scorer.metrics
+        if metric.name in model.statistics
+    }
+    return {name: difference.as_json() for name, difference in found.items() if difference is not None}
+
+
+def _example(number: int, question: Question, model: System, base: System | None, chrf: float) -> dict[str, Any]:
+    answer = model.answers[number]
+    return {
+        "prompt": question.asked,
+        "reference": question.reference,
+        "answer": model.texts[number],
+        "base_answer": base.texts[number] if base else None,
+        "origin": question.origin,
+        "chrf": chrf,
+        **({"error": answer.error} if answer.error else {}),
+    }
+
+
+def examples(questions: Sequence[Question]) -> dict[str, Any]:
+    """The content of examples.json: held-out prompts with their references."""
+    return {
+        "examples": [
+            {"prompt": question.asked, "reference": question.reference, "origin": question.origin}
+            for question in questions[:SAMPLES]
+        ]
+    }
+
+
+def write(found: dict[str, Any], questions: Sequence[Question], report: str, beside: str) -> None:
+    """Write a report and its examples at two locations; the report, which says that all is there, last."""
+    paths.write_json(beside, examples(questions))
+    paths.write_json(report, found)
+
+
+# --------------------------------------------------------------------------------------------------------- for people
+
+
+def show(found: dict[str, Any], view: View) -> None:
+    """Print a report: each score of base and model, each language pair and each source where there are several,
+    two worst examples."""
+    model, base = found["model"], found["base"]
+    step = f"step {found['step']}, " if found.get("step") is not None else ""
+    view.line(f"{step}{found['rows']} held-out rows answered by {found['engine']}")
+    view.console.print(_table(found))
+    for name, text in found["signatures"].items():
+        view.line(f"{TITLES.get(name, name.upper() if name == 'rouge' else name)} {text}")
+    for who, system in (("model", model), ("base", base)):
+        if system and system.get("no_loss"):
+            view.line(f"no loss of the {who}: {system['no_loss']}")
+        if system and system["failed"]:
+            view.line(f"{who}: {system['failed']} without an answer, such as: {system['first_failure']}")
+        if system and system["cut_off"]:
+            view.line(f"{who}: {system['cut_off']} answers cut off at evaluate.max_new_tokens")
+    for kind, title in (("language_pair", "languages"), ("source", "source")):
+        if len(found["groups"][kind]) > 1:
+            view.console.print(_groups(title, found["groups"][kind]))
+    for example in found["worst"][:2]:
+        view.line(f"worst: {_short(example['answer'])!r} for {_short(example['reference'])!r} ({example['origin']})")
+
+
+def _table(found: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    columns = ["", "base", "model", "difference [95 %]", "p"] if found["base"] else ["", "model"]
+    for title in columns:
+        table.add_column(title, justify="left" if not title else "right")
+    values, others = (_values(found[side]) if found[side] else {} for side in ("model", "base"))
+    for name, value in values.items():
+        cells = [TITLES[name]]
+        if found["base"]:
+            difference = found["difference"].get(name)
+            cells += [form(name, others.get(name)), form(name, value), _interval(name, difference)]
+            cells.append(f"{difference['p']:.3f}" if difference else "")
+        else:
+            cells.append(form(name, value))
+        table.add_row(*cells)
+    return table
+
+
+def _groups(title: str, groups: dict[str, Any]) -> Table:
+    # The more rows, the more is known; those left out, and all other scores, are in report.json.
+    most = sorted(groups, key=lambda name: (-groups[name]["rows"], name))[:SHOWN_GROUPS]
+    compared = any(group["base"] for group in groups.values())
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column(title)
+    for heading in ("rows", *(TITLES[name] for name in GROUP_SCORES), *(["chrF's difference [95 %]"] * compared)):
+        table.add_column(heading, justify="right")
+    for name in most:
+        group = groups[name]
+        cells = [_arrow(score, group) for score in GROUP_SCORES]
+        cells += [_interval("chrf", group["difference"].get("chrf"))] * compared
+        table.add_row(escape(name), str(group["rows"]), *cells)
+    if len(groups) > len(most):
+        table.add_row(f"… and {len(groups) - len(most)} more")
+    return table
+
+
+def _values(system: dict[str, Any]) -> dict[str, float]:
+    losses = {name: system[name] for name in ("loss", "perplexity") if system[name] is not None}
+    return {**losses, **system["scores"]}
+
+
+def _arrow(name: str, group: dict[str, Any]) -> str:
+    model = form(name, group["model"].get(name))
+    return f"{form(name, group['base'].get(name))} → {model}" if group["base"] else model
+
+
+def form(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if name == "loss" else f"{value:.3f}" if name in (*SHARES, "perplexity") else f"{value:.1f}"
+
+
+def _interval(name: str, difference: dict[str, float] | None) -> str:
+    if difference is None:
+        return ""
+    form = "{:+.3f}" if name in SHARES else "{:+.1f}"
+    value, low, high = (form.format(difference[key]) for key in ("value", "low", "high"))
+    return escape(f"{value} [{low}, {high}]")
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 70 else line[:69] + "…"

@@ -1,0 +1,149 @@
+"""What turns text into tokens and ends an answer: chat template, tokenizer and stop ids."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from ray_ft import paths
+from ray_ft.data import pack, sources
+from ray_ft.data.order import Order
+from ray_ft.data.render import Renderer, load_tokenizer
+from ray_ft.data.rows import Conversation, Joined, Sample, columns_used, to_sample
+from ray_ft.errors import DataError, ExportError, StorageError
+from ray_ft.export.case import Case
+from ray_ft.export.gate import check
+from ray_ft.trained import Trained
+
+ROWS = 16  # of each source that are rendered, at most
+PACKED_ROWS = 4  # that are, where the raw data is gone
+
+
+def stop_ids_of(base: str) -> list[int]:
+    """Tokens that end an answer: those of the folder's generation_config.json, and the chat template's."""
+    return sorted({*_listed(base), *Renderer(load_tokenizer(base)).stop_ids()})
+
+
+def _listed(folder: str) -> list[int]:
+    generation = os.path.join(folder, "generation_config.json")
+    known = paths.read_json(generation).get("eos_token_id") if os.path.exists(generation) else None
+    return known if isinstance(known, list) else [] if known is None else [known]
+
+
+@check("stop_ids")
+def stop_ids(case: Case) -> dict[str, Any]:
+    """The exported generation_config.json keeps the base's stop ids and the template's end of turn."""
+    expected, found = stop_ids_of(case.trained.base), _listed(case.folder)
+    if lost := [token for token in expected if token not in found]:
+        raise ExportError(
+            f"generation_config.json has eos_token_id {found} and lacks {', '.join(map(str, lost))}, without which "
+            "answers would not end where they were trained to",
+            [f"eos_token_id is to hold {expected}: check generation_config.json of {case.trained.base}"],
+        )
+    return {"stop_token_ids": found}
+
+
+@check("chat_template")
+def chat_template(case: Case) -> dict[str, Any]:
+    """Real rows give the same text and the same token ids by the exported folder as by the base in training."""
+    trained, exported = Renderer(load_tokenizer(case.trained.base)), Renderer(_tokenizer(case.folder))
+    origin, samples = real_samples(case.trained)
+    tokens = 0
+    for sample, ours, theirs in zip(samples, trained.encode(samples), exported.encode(samples), strict=True):
+        texts = [_text(renderer, sample) for renderer in (trained, exported)]
+        if texts[0] != texts[1]:
+            at = next((at for at, pair in enumerate(zip(*texts, strict=False)) if pair[0] != pair[1]), 0)
+            raise ExportError(
+                f"the exported chat template renders a row as …{texts[1][max(at - 20, 0) : at + 40]!r}, training saw "
+                f"…{texts[0][max(at - 20, 0) : at + 40]!r}",
+                [f"the folder's chat_template.jinja and tokenizer_config.json are to be those of {case.trained.base}"],
+            )
+        ids = [getattr(one, "ids", np.empty(0)) for one in (ours, theirs)]
+        if not np.array_equal(ids[0], ids[1]):
+            raise ExportError(
+                f"the exported tokenizer makes {len(ids[1])} other tokens of a row than training saw ({len(ids[0])})",
+                [f"the folder's tokenizer.json and tokenizer_config.json are to be those of {case.trained.base}"],
+            )
+        tokens += len(ids[0])
+    return {"rows": len(samples), "tokens": tokens, "rows_from": origin}
+
+
+def _tokenizer(folder: str) -> Any:
+    # Not through `load_tokenizer`, which keeps what it loaded by the folder's name.
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(
+            f"the exported tokenizer does not load: {str(error).splitlines()[0]}", ["export again"]
+        ) from error
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def _text(renderer: Renderer, sample: Sample) -> str:
+    """With the prompt as it is asked for an answer: the two differ in what begins the assistant's turn."""
+    import jinja2
+
+    if isinstance(sample, Joined):
+        return renderer.prompt_text(sample) + sample.answer
+    render = renderer.tokenizer.apply_chat_template
+    try:
+        parts = [render(list(sample.turns), tokenize=False)]
+        parts.append(render(list(sample.prompt), tokenize=False, add_generation_prompt=True))
+        return "".join(map(str, parts))
+    except (jinja2.TemplateError, TypeError, ValueError) as error:  # a row that training rejected; so must the export
+        return f"refused: {error}"
+
+
+def real_samples(trained: Trained) -> tuple[str, list[Sample]]:
+    """(Where they are from, some samples that the run was trained on).
+
+    Where the raw rows cannot be read any more, they are the texts of packed rows: what was asked, as one user turn, and
+    what was trained, as its answer.
+    """
+    try:
+        if samples := list(_raw(trained)):
+            return "data.train", samples
+    except (DataError, StorageError, OSError):
+        pass  # gone, moved or changed since: the packed rows are what was trained on as well
+    return "prepared rows", list(_packed(trained))
+
+
+def _raw(trained: Trained) -> Iterator[Sample]:
+    special = Renderer(load_tokenizer(trained.base)).special
+    for number, source in enumerate(trained.recipe.data.train):
+        rows = (
+            row
+            for file in sources.find_files(source)
+            for chunk in sources.chunks_of(file, number)
+            for row in sources.read_rows(chunk, columns_used(source))
+        )
+        made = (to_sample(source, row.content, special) for row in rows if isinstance(row.content, dict))
+        yield from itertools.islice((one for one in made if isinstance(one, Conversation | Joined)), ROWS)
+
+
+def _packed(trained: Trained) -> Iterator[Sample]:
+    tokenizer = load_tokenizer(trained.base)
+    prepared = trained.prepared("train")
+    assert prepared is not None
+    for part in Order.once(prepared).slices(0, PACKED_ROWS):
+        rows = part.read(prepared)
+        for ids, flags in zip(rows.input_ids, rows.flags, strict=True):
+            real = (flags & pack.REAL) != 0
+            for which in np.split(np.arange(len(ids)), np.flatnonzero(flags & pack.START)[1:]):
+                trained_on = (flags[which] & pack.TRAINED) != 0
+                if real[which].all() and trained_on.any():
+                    asked, said = (
+                        tokenizer.decode(ids[which][chosen], skip_special_tokens=True)
+                        for chosen in (~trained_on, trained_on)
+                    )
+                    if tokenizer.chat_template:
+                        yield Conversation(({"role": "user", "content": asked}, {"role": "assistant", "content": said}))
+                    else:
+                        yield Joined(asked, said)

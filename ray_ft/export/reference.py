@@ -1,0 +1,190 @@
+"""What the trained weights answer: the measure of every check that compares answers.
+
+A few documents of the run's own packed rows go through the trained model, its adapter unmerged, in the precision of the
+export, each by itself. Limits: the whole model is in the memory of this process (27B in bfloat16: 51 GiB), and after
+it, in its place, the exported one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ray_ft.data import pack
+from ray_ft.data.order import Order
+from ray_ft.errors import ExportError
+from ray_ft.trained import Trained
+
+DOCUMENTS = 4  # that are compared
+TOKENS = 256  # of each, at most: 4 × 256 × 262,208 logits of Gemma 3 take 0.5 GiB in bfloat16
+PROOF_TOKENS = 128  # of the one in the manifest
+DIGITS = 5  # of its log-probabilities
+CHUNK = 32  # positions whose logits are compared at once, in float32
+
+#: Unit roundoff: half the distance from 1 to the next number.
+ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
+LAYER_ROUNDINGS = 8  # results of one layer that are rounded and enter what is added to the residual stream
+OTHER_ROUNDINGS = 32  # of embedding, last norm and the logits themselves, in the same measure
+LARGEST = 16  # times the tolerance of the root mean square that a single value may be off
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far answers are from others, in units of the expected logits' own spread.
+
+    Attributes:
+        rms: root mean square of the differences ÷ that of the logits about their mean at each position.
+        largest: the largest difference ÷ the same.
+    """
+
+    rms: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What rounding alone can do.
+
+    float32: 1e-4, over a hundred times what another order of additions does (7e-7 was seen), and far below what a few
+    steps of training do. bfloat16, float16: both computations round, their errors are independent, and add as a random
+    walk: 2 · u · √(8 · layers + 32), of unit roundoff u; in bfloat16 2.7% for 2 layers (1.1% was seen), 5.4% for 20
+    (1.4%), 9.0% for 62. A single logit may be off by 16 times as much: of 3e8 normal values the largest is 6 times the
+    root mean square, and activations have heavier tails.
+    """
+
+    rms: float
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, layers: int) -> Tolerance:
+        if dtype == torch.float32:
+            return cls(1e-4)
+        return cls(2 * ROUNDOFF[dtype] * math.sqrt(LAYER_ROUNDINGS * layers + OTHER_ROUNDINGS))
+
+    @property
+    def largest(self) -> float:
+        return LARGEST * self.rms
+
+    def holds(self, distance: Distance) -> bool:
+        """False also for NaN."""
+        return distance.rms <= self.rms and distance.largest <= self.largest
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Attributes:
+    documents: token ids of each, of at least two tokens.
+    logits: [tokens, vocabulary] of each, in the exported precision.
+    spread: root mean square of all logits about their mean at each position.
+    effect: what the adapter changes: from the model without it to the one with it; None without an adapter.
+    """
+
+    documents: tuple[tuple[int, ...], ...]
+    logits: tuple[torch.Tensor, ...]
+    spread: float
+    effect: Distance | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, trained: Trained, dtype: torch.dtype) -> Reference:
+        documents = tuple(_documents(trained))
+        model = trained.model(torch.device("cpu"), dtype)
+        logits = tuple(answers(model, ids) for ids in documents)
+        found = cls(documents, logits, _spread(logits), None)
+        if trained.recipe.model.adapter is None:
+            return found
+        effect = found.distance(_without_adapter(model, documents))
+        return cls(documents, logits, found.spread, effect)
+
+    def distance(self, found: Any) -> Distance:
+        """Of other logits of the same documents, given one document after the other; a constant added to all of a
+        position's is no difference, as it changes no probability."""
+        squares, largest, count = 0.0, 0.0, 0
+        for ours, theirs in zip(self.logits, found, strict=True):
+            for at in range(0, len(ours), CHUNK):
+                difference = _centred(theirs[at : at + CHUNK]) - _centred(ours[at : at + CHUNK])
+                squares += float(difference.square().sum(dtype=torch.float64))
+                largest = _larger(largest, float(difference.abs().max()))
+                count += difference.numel()
+        return Distance(math.sqrt(squares / count) / self.spread, largest / self.spread)
+
+    def logprob_distance(self, found: Sequence[Sequence[dict[int, float]]]) -> Distance:
+        """Of log-probabilities of some tokens.
+
+        Args:
+            found: of each document, for each position but the first: token → log-probability.
+        """
+        squares, largest, count = 0.0, 0.0, 0
+        for logits, positions in zip(self.logits, found, strict=True):
+            for row, tokens in zip(logits[:-1], positions, strict=True):
+                ours = torch.log_softmax(row.float(), -1)[list(tokens)]
+                difference = torch.tensor(list(tokens.values())) - ours
+                squares += float(difference.square().sum(dtype=torch.float64))
+                largest = _larger(largest, float(difference.abs().max()))
+                count += len(tokens)
+        return Distance(math.sqrt(squares / count) / self.spread, largest / self.spread)
+
+    def proof(self) -> dict[str, list[Any]]:
+        """``token_ids`` of the longest document, cut, and ``logprobs`` of all of them but the first."""
+        ids, logits = max(zip(self.documents, self.logits, strict=True), key=lambda pair: len(pair[0]))
+        ids = ids[:PROOF_TOKENS]
+        said = torch.log_softmax(logits[: len(ids) - 1].float(), -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        return {"token_ids": list(ids), "logprobs": [round(value, DIGITS) for value in said.tolist()]}
+
+
+def answers(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    """[tokens, vocabulary] of one document, in the model's precision."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def _documents(trained: Trained) -> Iterator[tuple[int, ...]]:
+    prepared = trained.prepared("eval") or trained.prepared("train")
+    assert prepared is not None
+    left = DOCUMENTS
+    for part in Order.once(prepared).slices(0, DOCUMENTS):
+        rows = part.read(prepared)
+        for ids, flags in zip(rows.input_ids, rows.flags, strict=True):
+            starts = np.flatnonzero(flags & pack.START)
+            for begin, end in zip(starts, [*starts[1:], len(flags)], strict=True):
+                document = ids[begin:end][(flags[begin:end] & pack.REAL) != 0][:TOKENS]
+                if left and len(document) > 1:
+                    left -= 1
+                    yield tuple(document.tolist())
+    if left == DOCUMENTS:
+        raise ExportError(
+            "the run's prepared rows hold no document of two tokens, so nothing can be compared",
+            ["raise data.seq_len, or look at what data/rejects.jsonl says of the rows"],
+        )
+
+
+def _without_adapter(model: Any, documents: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(False)
+    for ids in documents:
+        yield answers(model, ids)
+
+
+def _centred(logits: torch.Tensor) -> torch.Tensor:
+    logits = logits.float()
+    return logits - logits.mean(-1, keepdim=True)
+
+
+def _larger(one: float, other: float) -> float:
+    return other if math.isnan(other) else max(one, other)
+
+
+def _spread(logits: Sequence[torch.Tensor]) -> float:
+    squares = sum(
+        float(_centred(one[at : at + CHUNK]).square().sum(dtype=torch.float64))
+        for one in logits
+        for at in range(0, len(one), CHUNK)
+    )
+    return math.sqrt(squares / sum(one.numel() for one in logits))
