@@ -229,6 +229,19 @@ class Order:
         """``file:line`` of the samples in the row at one position."""
         return next(self.slices(position, position + 1)).names(self.prepared)[0]
 
+    @property
+    def source_numbers(self) -> tuple[int, ...]:
+        """Of the sources that have any row, ascending."""
+        return tuple(source.source for source in self._sources)
+
+    def sources(self, start: int, stop: int) -> np.ndarray:
+        """Number of the source of each row at positions [start, stop): int64; −1 for padding."""
+        found = np.full(stop - start, -1, np.int64)
+        for part in self.slices(start, stop):
+            for unit, _, target in part.parts_read():
+                found[part.position - start + target] = unit.source
+        return found
+
     def passes(self, stop: int | None = None) -> dict[int, float]:
         """How often each source is gone through in positions [0, stop), of all epochs without `stop`."""
         stop = self.rows if stop is None else min(stop, self.rows)

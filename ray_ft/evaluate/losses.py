@@ -12,18 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from ray_ft import paths, placement
 from ray_ft.answers import explained
-from ray_ft.data import pack
 from ray_ft.data.order import Order
 from ray_ft.data.prepared import Prepared
 from ray_ft.errors import DataError
 from ray_ft.model import attention, load
-from ray_ft.model.loss import LossModel
 from ray_ft.recipe import Recipe
+from ray_ft.train import objective
 from ray_ft.train.loop import micro_batches, tensors
 from ray_ft.trained import Trained
 
@@ -115,9 +113,8 @@ class _Judge:
     def judge(self, number: int, part: Any) -> tuple[int, float, int]:
         if self._held != number:  # not when the actor is made: Ray reports an error there without its class
             self._model = None  # there may be no room for two
-            self._model = LossModel(
-                whole_model(self._judged[number].weights, self._recipe, self._device), self._recipe.train.loss_chunk
-            )
+            whole = whole_model(self._judged[number].weights, self._recipe, self._device)
+            self._model = objective.of(self._recipe).module(whole, self._recipe)
             self._held = number
         return number, *self._sum(part, self._judged[number].rows)
 
@@ -126,8 +123,8 @@ class _Judge:
         rows = part.read(prepared)
         total = 0.0
         for micro in micro_batches(rows, self._recipe.train.micro_batch):
-            total += float(self._model(*tensors(micro, self._device)))
-        return total, int(np.count_nonzero(rows.flags & pack.TRAINED))
+            total += float(self._model(*tensors(micro, self._device))[:, 0].sum())
+        return total, int(objective.of(self._recipe).targets(rows.flags).sum())
 
 
 def whole_model(weights: Trained | str, recipe: Recipe, device: torch.device) -> PreTrainedModel:

@@ -48,7 +48,7 @@ class LossModel(nn.Module):
         self.chunk = chunk
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Sum of the negative log-likelihoods of the target tokens, in nats.
+        """Sums of the negative log-likelihoods of the target tokens, in nats.
 
         Args:
             input_ids: int64 [rows, tokens].
@@ -57,8 +57,8 @@ class LossModel(nn.Module):
             labels: int64 [rows, tokens], not shifted; `IGNORE` where there is no target.
 
         Returns:
-            float32 scalar. It depends on every trained parameter also when no token is a target, so that no worker
-            leaves a collective operation out.
+            float32 [rows, 1]: of each row. It depends on every trained parameter also where no token is a target, so
+            that no worker leaves a collective operation out.
         """
         # The language model itself: text passes by a vision-language model's towers, and its masks stay those of text.
         hidden = self.model.get_decoder()(
@@ -67,11 +67,17 @@ class LossModel(nn.Module):
         targets = labels[:, 1:]
         wanted = targets != IGNORE
         states, words = hidden[:, :-1][wanted], targets[wanted]
-        total = hidden.sum().float() * 0.0 if not len(words) else hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, max(len(words), 1), self.chunk):
-            part = slice(start, start + self.chunk)
-            total = total + checkpoint(self._chunk_loss, states[part], words[part], use_reentrant=False)
-        return total
+        losses = [
+            checkpoint(self._chunk_loss, states[start : start + self.chunk], words[start : start + self.chunk],
+                       use_reentrant=False)
+            for start in range(0, max(len(words), 1), self.chunk)
+        ]  # fmt: skip
+        total = hidden.new_zeros(len(input_ids), dtype=torch.float32)
+        if not len(words):
+            total = total + hidden.sum().float() * 0.0 + losses[0].sum()
+        else:
+            total = total.index_add(0, wanted.nonzero()[:, 0], torch.cat(losses))
+        return torch.stack([total], dim=1)  # no view: FSDP's hooks want an output of its own
 
     def _documents(self, position_ids: torch.Tensor) -> dict[str, Any]:
         """Position ids, and what else the family or the attention needs to keep documents apart."""
@@ -95,7 +101,7 @@ class LossModel(nn.Module):
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         if cap is not None:
             logits = torch.tanh(logits / cap) * cap
-        return F.cross_entropy(logits, words, reduction="sum")
+        return F.cross_entropy(logits, words, reduction="none")
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

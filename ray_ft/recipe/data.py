@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ray_ft import paths
 from ray_ft.recipe.section import Section
@@ -114,6 +114,13 @@ AnySource = Annotated[
 ]
 
 
+#: What a model is trained for; a recipe's follows from the formats of its sources.
+Task = Literal["language"]
+
+TASKS: dict[type[Source], Task] = {}
+"""Of the formats that are for another task than language."""
+
+
 def template_fields(template: str) -> set[str]:
     """Names of the fields in a ``{name}`` template; literal braces are written twice.
 
@@ -153,6 +160,23 @@ class Data(Section):
     """Keep the tokens of training rows in run.storage; off: keep an index, and tokenize each time rows are read."""
     ledger: bool = False
     """Record which samples each step used, as file:line, in the run directory."""
+
+    @property
+    def task(self) -> Task:
+        """What the sources are for; all of them for the same."""
+        return TASKS.get(type(self.train[0]), "language")
+
+    @model_validator(mode="after")
+    def _one_task(self) -> Data:
+        for split in ("train", "eval"):
+            for at, source in enumerate(getattr(self, split)):
+                if (task := TASKS.get(type(source), "language")) != self.task:
+                    raise ValueError(
+                        f"{split}.{at} has format {source.format}, which trains for {task}, and train.0 has format "
+                        f"{self.train[0].format}, which trains for {self.task}; one run trains for one of them: put "
+                        "the source into a recipe of its own"
+                    )
+        return self
 
     @field_validator("cache", mode="before")
     @classmethod

@@ -19,6 +19,7 @@ from ray_ft.recipe import Train
 from ray_ft.strategy.base import Layout, Strategy
 from ray_ft.train.keeper import Keeper
 from ray_ft.train.metrics import Meter
+from ray_ft.train.objective import TOKENS, Means, Objective, Sums
 from ray_ft.train.schedule import due, learning_rate
 
 NAMED = 16  # samples of each worker that an error names
@@ -60,47 +61,61 @@ class Link(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss` is the mean over the step's target tokens (nats); `norm` the gradient's before clipping; `notes` the sums
-    over all workers of what each gave."""
+    """`loss` is the mean over the step's `targets` (nats), `more` what else is a mean over them, by name in metrics;
+    `norm` the gradient's before clipping; `notes` the sums over all workers of what each gave."""
 
     loss: float
     norm: float
-    tokens: int
+    targets: int
+    more: dict[str, float]
     notes: list[float]
 
 
 def train_step(
-    strategy: Strategy, batch: Batch, settings: Train, lr: float, notes: Callable[[], Sequence[float]] = tuple
+    strategy: Strategy,
+    batch: Batch,
+    settings: Train,
+    lr: float,
+    notes: Callable[[], Sequence[float]] = tuple,
+    objective: Objective = TOKENS,
+    order: Order | None = None,
 ) -> StepResult:
-    """One optimizer step: the sum of gradients over all target tokens of the global batch, divided by their number.
+    """One optimizer step: the sum of gradients over all targets of the global batch, divided by their number.
 
     The divisor is global, so the step does not depend on how rows lie over workers, micro-batches and padding.
 
     Args:
         batch: this worker's rows of the step.
         notes: gives numbers that travel along with a sum over the workers that is needed anyway, late in the step.
+        order: whose sources' losses are told apart; None: they are not.
 
     Raises:
         _NotFinite: the loss or the gradient is not finite; nothing has been updated (but see optimizer.in_backward).
     """
     device = strategy.layout.device
-    targets = int(np.count_nonzero(batch.rows.flags & pack.TRAINED))
-    tokens = strategy.all_reduce(torch.tensor(targets, dtype=torch.float64, device=device)).item()
+    own = int(objective.targets(batch.rows.flags).sum())
+    targets = strategy.all_reduce(torch.tensor(own, dtype=torch.float64, device=device)).item()
     strategy.begin(lr)
+    sources = () if order is None else order.source_numbers
+    origins = sources_of(batch, order) if order is not None and len(sources) > 1 else None
+    sums = Sums(objective, sources, device)
     losses: list[torch.Tensor] = []
     parts = list(micro_batches(batch.rows, settings.micro_batch))
     for micro in parts:
         with strategy.precision():
-            loss = strategy.module(*tensors(micro, device))
+            found = strategy.module(*tensors(micro, device))
+        at = len(losses) * settings.micro_batch
+        sums.add(found, micro.flags, None if origins is None else origins[at : at + len(micro)])
+        loss = found[:, 0].sum()
         losses.append(loss.detach())
-        strategy.backward(loss / tokens, last=len(losses) == len(parts))
+        strategy.backward(loss / targets, last=len(losses) == len(parts))
     noted = torch.tensor(notes(), dtype=torch.float64, device=device)
-    total, *summed = strategy.all_reduce(torch.cat((torch.stack(losses).double().sum()[None], noted))).tolist()
-    mean = total / tokens
-    norm = strategy.step(settings.clip_norm).item() if np.isfinite(mean) else np.nan
+    summed = strategy.all_reduce(torch.cat((sums.values, noted))).tolist()
+    means = sums.read(summed[: len(sums.values)])
+    norm = strategy.step(settings.clip_norm).item() if np.isfinite(means.loss) else np.nan
     if not np.isfinite(norm):
-        raise _NotFinite(mean, norm, torch.stack(losses).tolist())
-    return StepResult(mean, norm, int(tokens), summed)
+        raise _NotFinite(means.loss, norm, torch.stack(losses).tolist())
+    return StepResult(means.loss, norm, means.targets, dict(means.more("train")), summed[len(sums.values) :])
 
 
 def train(
@@ -114,6 +129,7 @@ def train(
     keeper: Keeper,
     link: Link,
     meter: Meter,
+    objective: Objective = TOKENS,
 ) -> tuple[int, Ask]:
     """Train from step `start` to `total`, evaluating, saving and logging as the recipe says.
 
@@ -142,18 +158,20 @@ def train(
         meter.waited(time.perf_counter() - waited)
         lr = learning_rate(settings.schedule, settings.optimizer.lr, step, total)
         try:
-            result = train_step(strategy, batch, settings, lr, lambda: [*wishes(link), *keeper.signals()])
+            notes = lambda: [*wishes(link), *keeper.signals()]  # noqa: E731 - beside the one call that it is for
+            result = train_step(strategy, batch, settings, lr, notes, objective, order)
         except _NotFinite as fault:
             raise _explain(fault, step, batch, order, strategy.layout, settings) from None
         asked = max((ask for ask, number in zip(WISHES, result.notes, strict=False) if number), default=Ask.NOTHING)
         keeper.advance(result.notes[len(WISHES) :])
         finished = step + 1
         keeper.used(finished, batch)
-        row = meter.step(finished, result.loss, result.norm, lr, batch.rows)
+        row = meter.step(finished, result.loss, result.norm, lr, batch.rows) | result.more
         held_out_due = held_out is not None and due(settings.eval_every, finished, total)
         if held_out_due:
             assert held_out is not None
-            row["eval_loss"] = evaluate(strategy, held_out, settings.micro_batch)
+            means = evaluate(strategy, held_out, settings.micro_batch, objective)
+            row |= {"eval_loss": means.loss, **dict(means.more("eval"))}
             meter.pause()
         if asked is Ask.GROW and finished < deaf:
             asked = Ask.NOTHING
@@ -190,19 +208,23 @@ def wishes(link: Link) -> list[float]:
     return [float(asked is wish) for wish in WISHES]
 
 
-def evaluate(strategy: Strategy, order: Order, micro_batch: int) -> float:
-    """Mean loss over every row of `order` exactly once, in nats per target token."""
+def evaluate(strategy: Strategy, order: Order, micro_batch: int, objective: Objective = TOKENS) -> Means:
+    """Means over every row of `order` exactly once."""
     layout = strategy.layout
-    sums = torch.zeros(2, dtype=torch.float64, device=layout.device)
+    sums = Sums(objective, order.source_numbers, layout.device)
     share = micro_batch * layout.world
     stop = -(-order.rows // share) * share  # padding completes the last round, so that every worker takes part
     with strategy.evaluating():
         for batch in local_batches(order, 0, stop, layout.rank, layout.world, micro_batch):
             with strategy.precision():
-                sums[0] += strategy.module(*tensors(batch.rows, layout.device)).double()
-            sums[1] += int(np.count_nonzero(batch.rows.flags & pack.TRAINED))
-    loss, tokens = strategy.all_reduce(sums).tolist()
-    return loss / tokens
+                found = strategy.module(*tensors(batch.rows, layout.device))
+            sums.add(found, batch.rows.flags, sources_of(batch, order) if len(order.source_numbers) > 1 else None)
+    return sums.read(strategy.all_reduce(sums.values).tolist())
+
+
+def sources_of(batch: Batch, order: Order) -> np.ndarray:
+    """Number of each row's source."""
+    return order.sources(batch.first, batch.first + len(batch.rows))
 
 
 def micro_batches(rows: pack.Rows, size: int) -> Iterator[pack.Rows]:

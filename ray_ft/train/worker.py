@@ -20,11 +20,11 @@ from ray_ft.data.stream import Batch, ahead
 from ray_ft.errors import CheckpointError
 from ray_ft.model import adapt, adapter, attention, load, quantize
 from ray_ft.model.flops import flops_per_token
-from ray_ft.model.loss import LossModel, decoder_layers
+from ray_ft.model.loss import decoder_layers
 from ray_ft.recipe import Recipe
 from ray_ft.span import Span
 from ray_ft.strategy import Layout, Strategy, make
-from ray_ft.train import checkpoint, optim, rounding
+from ray_ft.train import checkpoint, objective, optim, rounding
 from ray_ft.train.keeper import METRICS, Keeper
 from ray_ft.train.loop import Ask, Link, train
 from ray_ft.train.metrics import Meter
@@ -180,7 +180,9 @@ def run(
         ledger = Ledger() if recipe.data.ledger else None
         keeper = Keeper(saver, partial(state, strategy), partial(sum_over_workers, strategy), ledger)
         meter = Meter(layout, built.flops_per_token)
-        finished, asked = train(strategy, batches, order, held_out, recipe.train, start, total, keeper, link, meter)
+        finished, asked = train(
+            strategy, batches, order, held_out, recipe.train, start, total, keeper, link, meter, objective.of(recipe)
+        )
     if asked is Ask.GROW:
         raise Restart(f"there is room for more workers; saved at step {finished}")
     if asked is Ask.LEAVE:
@@ -249,7 +251,7 @@ def build(recipe: Recipe, layout: Layout) -> Built:
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     flops = flops_per_token(model)  # before a strategy cuts the parameters up
-    module = LossModel(model, recipe.train.loss_chunk)
+    module = objective.of(recipe).module(model, recipe)
 
     def fill(spans: Mapping[str, Span]) -> None:
         load.fill(model, folder, spans)

@@ -43,7 +43,7 @@ def losses(model: PreTrainedModel) -> tuple[float, float]:
     """(Loss of the packed rows, sum of the documents' own losses), in nats."""
     module = LossModel(model, 7)
     with torch.no_grad():
-        return float(module(*batch())), sum(float(module(*document)) for document in separate())
+        return float(module(*batch()).sum()), sum(float(module(*document).sum()) for document in separate())
 
 
 # ------------------------------------------------------------------------------------------------------- packing
@@ -63,7 +63,7 @@ def test_documents_of_several_rows_do_not_see_each_other(
     forward = decoder.forward
     monkeypatch.setattr(decoder, "forward", lambda **given: forward(attention_mask=torch.ones(2, 24), **given))
     with torch.no_grad():
-        leaking = float(LossModel(model, 7)(*batch()))
+        leaking = float(LossModel(model, 7)(*batch()).sum())
     assert abs(leaking - alone) > 1e-2
 
 

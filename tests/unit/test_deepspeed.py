@@ -97,7 +97,7 @@ def reference(
         ids, positions, labels = batch(step)
         for group in optimizer.param_groups:
             group["lr"] = LR / (step + 1)
-        loss = module(ids, positions, labels) / (labels[:, 1:] != -100).sum()
+        loss = module(ids, positions, labels).sum() / (labels[:, 1:] != -100).sum()
         optimizer.zero_grad()
         loss.backward()
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf")).item())
@@ -174,7 +174,7 @@ def step(strategy: Zero, recipe: Recipe, number: int, clip: float | None, scale:
     for start in range(strategy.layout.rank * share, (strategy.layout.rank + 1) * share, micro):
         rows = slice(start, start + micro)
         with strategy.precision():
-            loss = strategy.module(ids[rows], positions[rows], labels[rows]) * scale / targets
+            loss = strategy.module(ids[rows], positions[rows], labels[rows]).sum() * scale / targets
         total += loss.detach()
         strategy.backward(loss, last=start + micro == (strategy.layout.rank + 1) * share)
     return strategy.all_reduce(total).item(), strategy.step(clip).item()

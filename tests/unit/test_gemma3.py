@@ -133,13 +133,13 @@ def test_tied_embeddings_are_one_tensor_whose_gradient_is_the_sum_of_both_uses(f
     model = filled(folders["gemma3_text"])
     table = model.get_input_embeddings().weight
     assert model.get_output_embeddings().weight is table
-    LossModel(model, 64)(*batch(pack_of([6, 9]))).backward()
+    LossModel(model, 64)(*batch(pack_of([6, 9]))).sum().backward()
     gradient = table.grad.clone()
 
     apart = copy.deepcopy(model)
     apart.get_output_embeddings().weight = torch.nn.Parameter(table.detach().clone())
     apart.zero_grad()
-    LossModel(apart, 64)(*batch(pack_of([6, 9]))).backward()
+    LossModel(apart, 64)(*batch(pack_of([6, 9]))).sum().backward()
     looked_up, projected = apart.get_input_embeddings().weight.grad, apart.get_output_embeddings().weight.grad
     assert looked_up.abs().sum() > 0 and projected.abs().sum() > 0
     torch.testing.assert_close(gradient, looked_up + projected)
@@ -195,8 +195,8 @@ def test_packed_documents_do_not_see_each_other(family: str, implementation: str
     ends = [*starts[1:], 27]
     alone = [Rows(both.input_ids[:, a:b], both.flags[:, a:b]) for a, b in zip(starts, ends, strict=True)]
     with torch.no_grad():
-        together = module(*batch(both))
-        apart = sum(module(*batch(rows)) for rows in alone)
+        together = module(*batch(both)).sum()
+        apart = sum(module(*batch(rows)).sum() for rows in alone)
         torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-4)
         # Positions that run on are what a leak looks like.
         inputs, _, wanted = batch(both)
@@ -215,7 +215,7 @@ def test_every_family_learns_through_the_same_path(family: str, folders: dict[st
     inputs = batch(pack_of([20, 11]))
     losses = []
     for _ in range(8):
-        loss = module(*inputs)
+        loss = module(*inputs).sum()
         loss.backward()
         missing = [n for n, p in model.named_parameters() if p.grad is None]
         assert set(missing) == unreached

@@ -60,7 +60,7 @@ def test_loss_and_gradients_equal_plain_cross_entropy(chunk: int, cap: float | N
     inputs = batch()
     expected = reference(model, *inputs)
     expected_gradients = gradients(model, expected)
-    loss = LossModel(model, chunk)(*inputs)
+    loss = LossModel(model, chunk)(*inputs).sum()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     found = gradients(model, loss)
     assert found.keys() == expected_gradients.keys()
@@ -71,12 +71,12 @@ def test_loss_and_gradients_equal_plain_cross_entropy(chunk: int, cap: float | N
 def test_the_soft_cap_matters() -> None:  # else the test above would prove nothing about it
     plain, capped = tiny(), tiny(final_logit_softcapping=2.0)
     capped.load_state_dict(plain.state_dict())
-    assert abs(LossModel(plain, 5)(*batch()) - LossModel(capped, 5)(*batch())) > 1
+    assert abs(LossModel(plain, 5)(*batch()).sum() - LossModel(capped, 5)(*batch()).sum()) > 1
 
 
 def test_without_a_target_the_loss_is_zero_and_every_parameter_has_a_gradient() -> None:
     model = tiny()
-    loss = LossModel(model, 8)(*batch(trained=0.0))
+    loss = LossModel(model, 8)(*batch(trained=0.0)).sum()
     assert loss.item() == 0.0
     found = gradients(model, loss)
     assert found.keys() == {name for name, _ in model.named_parameters()}
@@ -100,7 +100,7 @@ def test_never_more_than_one_chunk_of_logits_is_alive(chunk: int) -> None:
     targets = int((labels[:, 1:] != IGNORE).sum())
     assert targets > 2 * chunk  # several chunks
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = LossModel(model, chunk)(ids, positions, labels)
+        loss = LossModel(model, chunk)(ids, positions, labels).sum()
     assert saved == []  # the forward pass keeps no logits
     assert len(sizes) == -(-targets // chunk)
     loss.backward()
@@ -120,8 +120,8 @@ def test_text_passes_by_the_vision_tower_with_the_loss_of_the_whole_model() -> N
     called: list[str] = []
     for name in ("vision_tower", "multi_modal_projector"):
         model.get_submodule(f"model.{name}").register_forward_hook(lambda *_, name=name: called.append(name))
-    found = gradients(model, LossModel(model, 5)(*inputs))
-    torch.testing.assert_close(LossModel(model, 5)(*inputs), expected, rtol=1e-5, atol=1e-5)
+    found = gradients(model, LossModel(model, 5)(*inputs).sum())
+    torch.testing.assert_close(LossModel(model, 5)(*inputs).sum(), expected, rtol=1e-5, atol=1e-5)
     assert called == []
     assert found.keys() == {name for name, _ in model.named_parameters() if "language_model" in name}
 
@@ -130,14 +130,14 @@ def test_text_passes_by_the_vision_tower_with_the_loss_of_the_whole_model() -> N
 def test_checkpointing_recomputes_each_layer_once_and_changes_nothing(family: str) -> None:
     model = models.model(family).train()
     inputs = batch()
-    expected = gradients(model, LossModel(model, 5)(*inputs))
+    expected = gradients(model, LossModel(model, 5)(*inputs).sum())
     calls: dict[str, int] = {}
     for name, module in model.named_modules():
         if module in decoder_layers(model) or module is model.get_decoder():
             calls[name] = 0
             module.register_forward_pre_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    found = gradients(model, LossModel(model, 5)(*inputs))
+    found = gradients(model, LossModel(model, 5)(*inputs).sum())
     for name, count in calls.items():  # a layer again in the backward pass, the language model as a whole not
         assert count == (0 if "vision" in name else 2 if "layers" in name else 1), name
     assert found.keys() == expected.keys()
@@ -152,4 +152,4 @@ def test_logits_with_a_factor_are_refused_rather_than_trained_without_it() -> No
     assert caught.value.ways_out
     config.logits_scaling = 1.0
     model = GraniteForCausalLM(config)
-    torch.testing.assert_close(LossModel(model, 5)(*batch()), reference(model, *batch()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(LossModel(model, 5)(*batch()).sum(), reference(model, *batch()), rtol=1e-5, atol=1e-5)

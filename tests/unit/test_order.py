@@ -216,6 +216,22 @@ def test_each_pass_over_a_source_uses_each_of_its_rows_once_across_epochs(
             assert max(often) - min(often) <= 1  # no row stands twice before every row has stood once
 
 
+@unhurried
+@given(mixture=MIXTURE, shuffle=st.booleans(), window=st.integers(1, 30))
+def test_the_source_of_each_position_is_that_of_its_row(
+    mixture: list[tuple[list[int], float]], shuffle: bool, window: int
+) -> None:
+    sizes, weights = zip(*mixture, strict=True)
+    prepared = Numbered.of(*sizes)
+    order = Order(prepared, 1, shuffle, window, 2, weights)
+    stop = order.rows + 3  # padding at the end
+    rows = sequence(order, 0, stop)
+    expected = [-1 if row == PADDING else prepared.source_of(row) for row in rows]
+    assert order.sources(0, stop).tolist() == expected
+    assert order.sources(2, min(7, stop)).tolist() == expected[2:7]
+    assert order.source_numbers == tuple(range(len(sizes)))
+
+
 def test_half_of_a_source_in_each_epoch_is_all_of_it_in_two() -> None:
     prepared = Numbered.of([6, 5], [40])
     one, two, three, _ = epochs_of(Order(prepared, 0, True, 20, 4, (0.5, 1.0)))

@@ -133,7 +133,7 @@ def _train(rank: int, world: int, recipe: Recipe, compute: torch.dtype) -> None:
         for micro in range(train.accumulation):
             ids = torch.randint(0, 8192, (ROWS, SEQ_LEN))
             with strategy.precision():
-                loss = strategy.module(ids, positions, ids.clone())
+                loss = strategy.module(ids, positions, ids.clone()).sum()
             strategy.backward(loss / 1000, last=micro == train.accumulation - 1)
             del loss
         strategy.step(train.clip_norm)

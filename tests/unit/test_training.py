@@ -205,7 +205,7 @@ def train_on_uneven_rows(rank: int, world: int, demo: DemoPaths) -> list[Any]:
             rows = global_batch(step, False).take(slice(0, SAMPLES))
             mine = rows if rank == 0 else Rows.blank(SAMPLES, SEQ_LEN)
             result = loop.train_step(strategy, Batch(0, mine), recipe.train, LR, lambda: [rank == 1, rank])
-        found.append((result.loss, result.tokens, result.notes, weights(strategy)))
+        found.append((result.loss, result.targets, result.notes, weights(strategy)))
     return found
 
 
@@ -291,7 +291,7 @@ def evaluate_all(rank: int, world: int, demo: DemoPaths, held_out: Prepared, fol
         recipe = recipe_for(demo, name, world, 4, True)
         order, share = Order.once(held_out, window_rows=7), recipe.train.rows_per_worker
         strategy = build(recipe, rank, world)
-        first = [loop.evaluate(strategy, order, micro) for micro in (1, 4, 64)]
+        first = [loop.evaluate(strategy, order, micro).loss for micro in (1, 4, 64)]
         losses = []
         for step in range(STEPS):
             mine = global_batch(step, True).take(slice(rank * share, (rank + 1) * share))

@@ -1,0 +1,117 @@
+"""What a step's loss is a mean over, and what else is summed with it.
+
+Every objective's module gives a row for each row of the batch: the sum of its losses, then of each statistic. The
+loop adds them up over micro-batches, workers and sources and divides by the number of targets, so that losses and
+statistics, like steps, do not depend on how rows lie over workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from ray_ft.data import pack
+from ray_ft.model.loss import LossModel
+from ray_ft.recipe import Recipe, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Objective:
+    """
+    Attributes:
+        unit: what is counted, for people: "tokens".
+        module: wraps a model so that its forward pass gives the sums.
+        targets: how many of them are in each row: [rows] from the rows' flags, uint8 [rows, tokens].
+        statistics: names of what the module sums beside the loss, in its order; means over the targets are reported.
+    """
+
+    unit: str
+    module: Callable[[PreTrainedModel, Recipe], nn.Module]
+    targets: Callable[[np.ndarray], np.ndarray]
+    statistics: tuple[str, ...] = ()
+
+
+def trained_tokens(flags: np.ndarray) -> np.ndarray:
+    return np.count_nonzero(flags & pack.TRAINED, axis=1)
+
+
+def language(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
+    return LossModel(model, recipe.train.loss_chunk)
+
+
+TOKENS = Objective("tokens", language, trained_tokens)
+OBJECTIVES: dict[Task, Objective] = {"language": TOKENS}
+
+
+def of(recipe: Recipe) -> Objective:
+    """What the recipe's task is trained for."""
+    return OBJECTIVES[recipe.data.task]
+
+
+class Sums:
+    """Sums of losses, targets and statistics over rows, for each of `sources` (a recipe's numbers; none: one for all).
+
+    `values` is float64, flat, on the device that the workers talk over; it may be summed over workers in place.
+    """
+
+    def __init__(self, objective: Objective, sources: tuple[int, ...], device: torch.device) -> None:
+        self._objective = objective
+        self._sources = sources if len(sources) > 1 else ()
+        width = 2 + len(objective.statistics)
+        self.values = torch.zeros(max(len(self._sources), 1) * width, dtype=torch.float64, device=device)
+
+    def add(self, found: torch.Tensor, flags: np.ndarray, sources: np.ndarray | None) -> None:
+        """What the module gave for some rows, [rows, 1 + statistics].
+
+        Args:
+            sources: number of each row's source, or of none for padding; needed where there are several.
+        """
+        counts = torch.from_numpy(self._objective.targets(flags)).to(found.device, torch.float64)[:, None]
+        rows = torch.cat((found.detach()[:, :1].double(), counts, found.detach()[:, 1:].double()), dim=1)
+        table = self.values.view(-1, rows.shape[1])
+        if not self._sources:
+            table += rows.sum(0)
+            return
+        assert sources is not None
+        at = np.searchsorted(self._sources, sources).clip(max=len(self._sources) - 1)  # padding adds nothing anywhere
+        table.index_add_(0, torch.from_numpy(at).to(found.device), rows)
+
+    def read(self, values: list[float]) -> Means:
+        """What `values`, summed over all workers, say."""
+        table = np.asarray(values, np.float64).reshape(-1, 2 + len(self._objective.statistics))
+        loss, targets, *statistics = table.sum(0).tolist()
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return Means(
+                float(np.float64(loss) / targets),
+                int(targets),
+                {name: total / targets for name, total in zip(self._objective.statistics, statistics, strict=True)}
+                if targets
+                else {},
+                {source: row[0] / row[1] for source, row in zip(self._sources, table.tolist(), strict=False) if row[1]},
+            )
+
+
+@dataclass(frozen=True)
+class Means:
+    """Means over `targets`: the loss (nats), statistics by name, and the loss of each source that had a target."""
+
+    loss: float
+    targets: int
+    statistics: dict[str, float]
+    by_source: dict[int, float]
+
+    def more(self, split: str) -> Iterator[tuple[str, float]]:
+        """What metrics hold beside the loss: statistics, ``loss/data.train.0``; held out with ``eval_`` in front."""
+        prefix = "eval_" if split == "eval" else ""
+        for name, value in self.statistics.items():
+            yield f"{prefix}{name}", value
+        for source, loss in self.by_source.items():
+            yield f"{prefix}loss/data.{split}.{source}", loss
