@@ -105,7 +105,7 @@ def scene(demo: DemoPaths, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             "workers": 2,
             "cpus_per_worker": 2,
             "device": "cpu",
-            "global_batch": 4,
+            "global_batch": 16,  # a step of some 0.3 s, so that there is a middle of the run to take a node away in
             "micro_batch": 2,
             "max_steps": STEPS,
             "log_every": 1,

@@ -513,7 +513,9 @@ def test_clients_of_this_machine_use_no_proxy(behind_proxy: int, monkeypatch: py
 
     monkeypatch.setattr(quickstart, "START_SECONDS", 5)
     popen = psutil.Popen
-    monkeypatch.setattr(psutil, "Popen", lambda _, env: popen(["sleep", "60"]))
+    # As `ray-ft serve` does, it ends on SIGINT also where a shell has this process in the background and ignores it.
+    sleep = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL); time.sleep(60)"
+    monkeypatch.setattr(psutil, "Popen", lambda _, env: popen([sys.executable, "-c", sleep]))
     question = Question(
         "held-out:1", Conversation(({"role": "user", "content": "one"}, {"role": "assistant", "content": "ok"}))
     )

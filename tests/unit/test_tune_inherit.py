@@ -12,7 +12,7 @@ import torch
 from distributed import recipe_of
 from rich.console import Console
 
-from ray_ft import paths
+from ray_ft import paths, retry
 from ray_ft.demo import DemoPaths
 from ray_ft.errors import CheckpointError, StorageError
 from ray_ft.recipe import Recipe
@@ -121,6 +121,7 @@ def test_a_copy_that_was_cut_short_is_made_again(pair: tuple[Recipe, Recipe], mo
         link(one, other)
 
     monkeypatch.setattr(inherit, "_link", failing)
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.001)
     with pytest.raises(OSError, match="no more"):
         take_over(child, at(parent, 4))
     monkeypatch.setattr(inherit, "_link", link)
