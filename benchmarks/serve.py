@@ -1,6 +1,6 @@
 """The same engine, with the same settings, behind `ray-ft serve` and behind `vllm serve`.
 
-    python benchmarks/serve.py [--pairs 8] [--requests 24] [--tokens 64] [--hidden 256] [--json FILE]
+    python benchmarks/serve.py [--pairs 8] [--requests 24] [--tokens 64] [--hidden 256] [--apart] [--json FILE]
 
 Both servers stand at once, on the same weights, and one client that knows neither asks them in turn: a chat of a few
 words, greedy, answered with exactly `--tokens` tokens; each pair at 1, 8 and 32 requests at once, streamed and whole.
@@ -10,7 +10,8 @@ first ours and first theirs; the median and the spread over pairs are shown.
 
 Our way has API keys, limits, metrics and a place in Ray Serve for each request; `vllm serve` has none of them. On few
 cores everything that either does takes time from the engine, so this shows the cost of that work at its worst: on GPUs
-the engine computes elsewhere.
+the engine computes elsewhere. `--apart` shows that case: one thread computes, on a core of its own, and all else that
+either server does, and the client, share the other cores.
 """
 
 from __future__ import annotations
@@ -49,17 +50,38 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=24, help="for each block, at least the concurrency")
     parser.add_argument("--tokens", type=int, default=64, help="length of each answer")
     parser.add_argument("--hidden", type=int, default=256, help="width of the random Gemma 3 of four layers")
+    parser.add_argument("--apart", action="store_true", help="the engines compute on a core of their own (Linux)")
     parser.add_argument("--json", type=Path, help="file for all figures")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the servers would outlive this process
     with tempfile.TemporaryDirectory(prefix="ray_ft_bench_") as scratch:
-        export = _export(Path(scratch), options.hidden)
+        export = _export(Path(scratch), options.hidden, options.apart)
         with _vllm(export, scratch) as theirs, _ray_ft(export, scratch) as ours:
+            if options.apart:
+                _set_apart()
             blocks = asyncio.run(_measure(ours, theirs, options))
     _summarise(blocks, options)
 
 
-def _export(scratch: Path, hidden: int) -> Path:
+def _set_apart() -> None:
+    """Engines on the last core, everything else that this process started, and itself, on the others."""
+    import psutil
+
+    *others, last = sorted(os.sched_getaffinity(0))
+    if not others:
+        sys.exit("--apart needs two cores")
+    engines = []
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        computes = any(name in " ".join(process.cmdline()) for name in ("VLLM::EngineCore", "VLLM::Worker"))
+        for thread in process.threads():
+            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                os.sched_setaffinity(thread.id, {last} if computes else set(others))
+        engines += [process] if computes else []
+    if len(engines) < 2:
+        sys.exit(f"found {len(engines)} engines of two servers, so they cannot be set apart")
+
+
+def _export(scratch: Path, hidden: int, one_thread: bool) -> Path:
     """A random model as an export: this measures time, for which weights do not matter."""
     import torch
 
@@ -81,7 +103,10 @@ def _export(scratch: Path, hidden: int) -> Path:
         "format": paths.MANIFEST_FORMAT, "run": "bench", "step": 0, "base": str(folder), "kind": "model",
         "created": "2026-01-01T00:00:00Z", "files": files, "checks": {}, "metrics": {}, "recipe_sha256": "",
         "proof": {"token_ids": ids, "logprobs": [float(rows[at, token]) for at, token in enumerate(ids[1:])]},
-        "serve": recipe.Serve(max_model_len=512).model_dump(mode="json"),
+        # Room for as many replicas as there are cores leaves one thread to the one that there is.
+        "serve": recipe.Serve(
+            max_model_len=512, replicas=(1, len(os.sched_getaffinity(0))) if one_thread else 1
+        ).model_dump(mode="json"),
         "model": {
             "architecture": config["architectures"][0], "model_type": config["model_type"], "dtype": "float32",
             "parameters": sum(parameter.numel() for parameter in model.parameters()), "trained_seq_len": 256,
