@@ -114,7 +114,7 @@ class _Judge:
         if self._held != number:  # not when the actor is made: Ray reports an error there without its class
             self._model = None  # there may be no room for two
             whole = whole_model(self._judged[number].weights, self._recipe, self._device)
-            self._model = objective.of(self._recipe).module(whole, self._recipe)
+            self._model = objective.of(self._recipe).module(whole, self._recipe, None)
             self._held = number
         return number, *self._sum(part, self._judged[number].rows)
 
@@ -138,7 +138,7 @@ def whole_model(weights: Trained | str, recipe: Recipe, device: torch.device) ->
     if isinstance(weights, Trained):  # its base, too, may lie elsewhere on this node
         return replace(weights, base=weights.recipe.model.folder()).model(device, dtype)
     folder = paths.model_folder(weights)
-    config = load.load_config(folder)
+    config = load.load_config(folder, recipe.model.labels)
     model = load.build(config, attention.choose("auto", device.type, config, dtype).implementation, dtype)
     load.allocate(model, device)
     load.fill(model, folder, load.whole_spans(model))

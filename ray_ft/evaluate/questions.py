@@ -12,7 +12,7 @@ from ray_ft.answers.target import Prompt
 from ray_ft.data import sources
 from ray_ft.data.files import public_name
 from ray_ft.data.render import load_tokenizer, special_tokens
-from ray_ft.data.rows import Conversation, Joined, Sample, columns_used, to_sample
+from ray_ft.data.rows import Asked, Conversation, Joined, columns_used, to_sample
 from ray_ft.errors import DataError
 from ray_ft.recipe import Recipe, Source, TranslationSource
 
@@ -28,7 +28,7 @@ class Question:
     """
 
     origin: str
-    sample: Sample
+    sample: Asked
     source: str = ""
     languages: tuple[str, str] | None = None
 
