@@ -81,7 +81,6 @@ class DemoPaths:
         base: Hugging Face folder of the untrained model and its tokenizer.
         train: files of training rows: JSONL, gzipped JSONL, Parquet.
         heldout: Parquet file of held-out rows.
-        labelled, labelled_heldout: files of rows with labels, to train on and held out.
         reused: all of it was there already, from the same settings.
     """
 
@@ -89,9 +88,12 @@ class DemoPaths:
     base: str
     train: tuple[str, ...]
     heldout: str
-    labelled: str
-    labelled_heldout: str
     reused: bool = False
+
+    @property
+    def labelled(self) -> tuple[str, str]:
+        """Files of rows with labels: to train on, and held out."""
+        return paths.join(self.folder, "labels", "train.jsonl"), paths.join(self.folder, "labels", "heldout.jsonl")
 
 
 def write_demo(
@@ -113,11 +115,7 @@ def write_demo(
         raise DataError(f"the demo cannot be written to {folder!r}", ["name a local folder"])
     root = paths.absolute(folder)
     files = tuple(paths.join(root, "train", name) for name in ("part-0.jsonl", "part-1.jsonl.gz", "part-2.parquet"))
-    demo = DemoPaths(
-        root, paths.join(root, "base"), files, paths.join(root, "heldout.parquet"),
-        paths.join(root, "labels", "train.jsonl"), paths.join(root, "labels", "heldout.jsonl"),
-    )  # fmt: skip
-    labelled = (demo.labelled, demo.labelled_heldout)
+    demo = DemoPaths(root, paths.join(root, "base"), files, paths.join(root, "heldout.parquet"))
     marker = paths.join(root, MARKER)
     settings = {"format": FORMAT, "seed": seed, "rows": rows, "hidden_size": hidden_size, "layers": layers}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -136,10 +134,15 @@ def write_demo(
     for i, file in enumerate(files):
         _write_rows(file, train[i :: len(files)])
     _write_rows(demo.heldout, heldout)
-    for file, chosen in zip(labelled, _labelled(seed), strict=True):
+    for file, chosen in zip(demo.labelled, _labelled(seed), strict=True):
         _write_rows(file, chosen)
     _write_base(demo.base, train, seed, hidden_size, layers)
-    written = [*files, demo.heldout, *labelled, *(paths.join(demo.base, name) for name in paths.list_dir(demo.base))]
+    written = [
+        *files,
+        demo.heldout,
+        *demo.labelled,
+        *(paths.join(demo.base, name) for name in paths.list_dir(demo.base)),
+    ]
     paths.write_json(marker, {"key": key, "settings": settings, "files": [os.path.relpath(n, root) for n in written]})
     return demo
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 TOO_LONG = "longer than seq_len"
+SHOWN = 12  # labels that a line names
 
 
 @dataclass
@@ -47,6 +48,16 @@ class Counts:
             source, label = map(int, key.split("/"))
             found[label] += samples * (weights or {}).get(source, 1.0)
         return found
+
+    def say_labels(self, names: Sequence[str]) -> str:
+        """How many samples have each label, the commonest first; empty where there are no labels."""
+        rows = sorted(zip(map(int, self.of_labels(len(names))), names, strict=True), key=lambda pair: -pair[0])
+        said = [f"{name} {count:,}" for count, name in rows[:SHOWN]]
+        none = [name for count, name in rows if not count]
+        said += [f"… {len(rows) - SHOWN} more"] * (len(rows) > SHOWN) + [f"none of {', '.join(none[:SHOWN])}"] * bool(
+            none
+        )
+        return ", ".join(said)
 
     def common_reasons(self, count: int = 3) -> list[str]:
         return [f"{number} × {reason}" for reason, number in self.rejected.most_common(count)]
