@@ -167,7 +167,7 @@ def _difference(found: Mapping[str, Any]) -> list[Any]:
         for name, by in (found.get("difference") or {}).items()
         if isinstance(by, dict) and name not in LOSSES
     ]
-    chart = charts.differences(rows)
+    chart = charts.differences(rows, _title(found))
     return [Charts([chart])] if chart else []
 
 
