@@ -1,4 +1,5 @@
-"""The quickstart's model and data: number words from English into French and Spanish, made here, without a network.
+"""The demo's model and data: number words from English into French and Spanish, made here, without a network; and
+number words of several languages, to be told apart.
 
 `write_demo` writes a folder that is a small copy of the real situation: training rows in several files and formats,
 held-out rows, and a Hugging Face folder with a Gemma 3 and its tokenizer, drawn from a seed. The task is real, since no
@@ -33,10 +34,13 @@ SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_o
 """In order of their ids; pad, eos and bos have the ids that they have in Gemma 3."""
 
 MARKER = "demo.json"
-FORMAT = 1  # of the folder's content; raised whenever the same settings would give something else
+FORMAT = 2  # of the folder's content; raised whenever the same settings would give something else
 LARGEST, SMALL, SMALL_SHARE = 99_999, 1_000, 0.15  # share of numbers below 1,000, which people type first
 HELDOUT = 150  # numbers, each asked in every language
 HEADS, HEAD_DIM = 4, 32  # 32 is the smallest head that vLLM's CPU attention takes
+#: Languages of the rows with labels, and how many of a hundred are in each: German, new to the tokenizer, is rare.
+LABELS = {"en": 40, "fr": 25, "es": 25, "de": 10}
+LABELLED, LABELLED_HELDOUT = 4_000, 400
 Row = dict[str, str]
 
 CHAT_TEMPLATE = r"""{{ bos_token }}
@@ -86,6 +90,11 @@ class DemoPaths:
     heldout: str
     reused: bool = False
 
+    @property
+    def labelled(self) -> tuple[str, str]:
+        """Files of rows with labels: to train on, and held out."""
+        return paths.join(self.folder, "labels", "train.jsonl"), paths.join(self.folder, "labels", "heldout.jsonl")
+
 
 def write_demo(
     folder: str = "demo", seed: int = 0, *, rows: int = 12_000, hidden_size: int = 128, layers: int = 4
@@ -125,8 +134,15 @@ def write_demo(
     for i, file in enumerate(files):
         _write_rows(file, train[i :: len(files)])
     _write_rows(demo.heldout, heldout)
+    for file, chosen in zip(demo.labelled, _labelled(seed), strict=True):
+        _write_rows(file, chosen)
     _write_base(demo.base, train, seed, hidden_size, layers)
-    written = [*files, demo.heldout, *(paths.join(demo.base, name) for name in paths.list_dir(demo.base))]
+    written = [
+        *files,
+        demo.heldout,
+        *demo.labelled,
+        *(paths.join(demo.base, name) for name in paths.list_dir(demo.base)),
+    ]
     paths.write_json(marker, {"key": key, "settings": settings, "files": [os.path.relpath(n, root) for n in written]})
     return demo
 
@@ -162,6 +178,20 @@ def _translations(number: int) -> Iterable[Row]:
             "source_lang_code": "en",
             "target_lang_code": code,
         }
+
+
+def _labelled(seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows with labels, to train on and held out: number words and their language, no number in both."""
+    from num2words import num2words
+
+    rng = random.Random(seed)
+    numbers = rng.sample(range(LARGEST + 1), LABELLED + LABELLED_HELDOUT)
+    names = [code for code, share in LABELS.items() for _ in range(share)]
+    rows = [
+        {"text": num2words(number, lang=code), "label": code}
+        for number, code in zip(numbers, rng.choices(names, k=len(numbers)), strict=True)
+    ]
+    return rows[:LABELLED], rows[LABELLED:]
 
 
 def _write_rows(file: str, rows: Sequence[Row]) -> None:

@@ -30,6 +30,8 @@ def show(recipe: Recipe, splits: Mapping[Split, Prepared], console: Console, exa
     """
     console.print(_table(splits))
     for name, prepared in splits.items():
+        if said := prepared.counts.say_labels(recipe.model.labels):
+            console.print(f"{name} labels: {said}", markup=False)
         if prepared.counts.rejected:
             console.print(f"{name} rejects: {'; '.join(prepared.counts.common_reasons())}", markup=False)
             console.print(f"  each with file, line and reason: {prepared.rejects}", markup=False)
@@ -46,8 +48,9 @@ def show(recipe: Recipe, splits: Mapping[Split, Prepared], console: Console, exa
         console.print(line, markup=False)
     if examples:
         tokenizer = load_tokenizer(recipe.model.folder(weights=False))
-        console.print(Text.assemble("examples (", ("trained tokens", TRAINED_STYLE), " are the targets of the loss):"))
-        for text in _examples(order, tokenizer, examples, coloured=console.is_terminal):
+        named = "labels" if recipe.model.labels else "trained tokens"
+        console.print(Text.assemble("examples (", (named, TRAINED_STYLE), " are the targets of the loss):"))
+        for text in _examples(order, tokenizer, examples, recipe.model.labels, coloured=console.is_terminal):
             console.print(text)
 
 
@@ -76,21 +79,25 @@ def _histogram(prepared: Prepared, seq_len: int) -> Text:
     return text
 
 
-def _examples(order: Order, tokenizer: object, count: int, coloured: bool) -> Iterator[Text]:
+def _examples(order: Order, tokenizer: object, count: int, labels: list[str], coloured: bool) -> Iterator[Text]:
     """The first document of each of the first rows that training will take."""
     for part in order.slices(0, min(count, order.rows)):
         rows = part.read(order.prepared)
         for ids, flags in zip(rows.input_ids, rows.flags, strict=True):
             starts = np.flatnonzero(flags & pack.START)
             end = starts[1] if len(starts) > 1 else len(ids)
-            yield _decoded(ids[:end], (flags[:end] & pack.TRAINED) > 0, tokenizer, coloured)
+            yield _decoded(ids[:end], (flags[:end] & pack.TRAINED) > 0, tokenizer, labels, coloured)
 
 
-def _decoded(ids: np.ndarray, trained: np.ndarray, tokenizer: object, coloured: bool) -> Text:
+def _decoded(ids: np.ndarray, trained: np.ndarray, tokenizer: object, labels: list[str], coloured: bool) -> Text:
     text = Text("  ")
     edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
     for start, stop in itertools.pairwise(edges):
-        piece = tokenizer.decode(ids[start:stop].tolist()).replace("\n", "⏎")  # type: ignore[attr-defined]
+        numbers = ids[start:stop].tolist()
+        if labels and trained[start]:
+            piece = labels[numbers[0]]
+        else:
+            piece = tokenizer.decode(numbers).replace("\n", "⏎")  # type: ignore[attr-defined]
         if trained[start] and not coloured:
             piece = f"⟦{piece}⟧"  # without colours the trained part is in brackets
         text.append(piece, style=TRAINED_STYLE if trained[start] else "dim")

@@ -17,7 +17,7 @@ from ray_ft.span import Span
 from ray_ft.train import checkpoint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 #: Of names of parameters in a checkpoint.
@@ -55,6 +55,15 @@ class Trained:
                 ["train first: ray-ft train RECIPE", "a checkpoint is written every train.checkpoint.every steps"],
             )
         return cls(directory, settings, found, settings.model.folder())
+
+    @property
+    def labels(self) -> list[str]:
+        """Of a classifier, by number; none of a language model."""
+        return self.recipe.model.labels
+
+    def config(self) -> PretrainedConfig:
+        """Of the model that is trained, read anew: the base's, or that of a classifier on top of it."""
+        return load.load_config(self.base, self.labels)
 
     def trained_names(self) -> set[str]:
         """Parameters that the checkpoint holds, an adapter's included; all others are the base's."""
@@ -94,7 +103,7 @@ class Trained:
         Raises:
             CheckpointError: the checkpoint and the recipe's model do not hold the same adapter and parameters.
         """
-        config, settings = load.load_config(self.base), self.recipe.model
+        config, settings = self.config(), self.recipe.model
         # What it was trained with may not run here: an export or evaluation on CPUs of what GPUs have trained.
         chosen = attention.choose("auto", device.type, config, dtype)
         model = load.build(config, chosen.implementation, dtype)

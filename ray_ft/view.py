@@ -22,6 +22,8 @@ PLAIN_LINES = 10  # lines of metrics that one training run prints where there is
 _COLUMNS = (
     ("loss", "loss", "{:.4f}"),
     ("eval_loss", "eval loss", "{:.4f}"),
+    ("accuracy", "accuracy", "{:.3f}"),
+    ("eval_accuracy", "eval accuracy", "{:.3f}"),
     ("lr", "lr", "{:.2e}"),
     ("grad_norm", "grad norm", "{:.2f}"),
     ("tokens_per_second", "tokens/s", "{:,.0f}"),

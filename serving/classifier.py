@@ -64,7 +64,8 @@ class Classifier:
         )
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        model.config.pad_token_id = self._tokenizer.pad_token_id  # by which it finds the last token of each text
+        # By it the model finds the last token of each text. With parts, it is the language model's that counts.
+        model.config.get_text_config().pad_token_id = self._tokenizer.pad_token_id
         # Once alone, by which it forgets the truncation of its file: later calls, in threads, change nothing in it.
         self._tokenizer("a")
         self._model, self._torch = model, torch

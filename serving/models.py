@@ -131,6 +131,11 @@ def load(runs: Sequence[str], *, base: bool = False, **replaced: Any) -> list[Mo
             )
         )  # fmt: skip
     if base:
+        if labelled := [model.name for model in models if model.classifies]:
+            raise ServeError(
+                f"{labelled[0]!r} is a classifier, whose base has nothing that tells labels apart to be compared with",
+                ["leave --base out"],
+            )
         models += list(_bases(models))
     names = [each.name for model in models for each in model.served] + [m.name for m in models if m.base]
     engines = {model.name for model in models if model.adapters}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,20 @@ def find(target: Target, *, export_only: bool = False) -> Found:
     return _run(target.location, export_only) if target.kind == "run" else _folder(target.location, export_only)
 
 
+def refuse_labels(what: str, labels: Sequence[str]) -> None:
+    """Refuse a classifier, which gives no text.
+
+    Raises:
+        ModelError: it has labels.
+    """
+    if labels:
+        raise ModelError(
+            f"{what} is a classifier of {', '.join(labels[:3])}{' …' if len(labels) > 3 else ''}, which gives "
+            "probabilities of labels and no text",
+            ["serve it, and ask POST /v1/classify: ray-ft serve RUN", "score it: ray-ft evaluate RUN"],
+        )
+
+
 def _run(location: str, export_only: bool) -> Found:
     from ray_ft.train import checkpoint
     from ray_ft.trained import Trained
@@ -118,6 +133,7 @@ def _run(location: str, export_only: bool) -> Found:
             [f"export it first: ray-ft export {location}", "answer with the checkpoint: --engine transformers"],
         )
     settings = trained.recipe
+    refuse_labels(settings.run.name, settings.model.labels)
     return Found(
         name=f"{settings.run.name} (checkpoint of step {trained.found.step})",
         source=settings.model.location,
@@ -130,6 +146,7 @@ def _run(location: str, export_only: bool) -> Found:
 
 def _exported(manifest: Manifest, name: str) -> Found:
     content = manifest.content
+    refuse_labels(name, manifest.model.get("labels", ()))
     return Found(
         name=name,
         source=manifest.folder,

@@ -42,7 +42,7 @@ def check_before(wanted: Sequence[Source], files: Sequence[tuple[int, sources.Fi
                     ],
                 )
     if not has_template:
-        chatty = [s for s in wanted if getattr(s, "chat", s.format not in ("text",))]  # type: ignore[attr-defined]
+        chatty = [s for s in wanted if getattr(s, "chat", s.format not in ("text", "labels"))]  # type: ignore[attr-defined]
         if chatty:
             raise ModelError(
                 f"format {chatty[0].format!r} needs a chat template and the model's tokenizer has none",  # type: ignore[attr-defined]

@@ -37,7 +37,7 @@ from ray_ft.data.rows import columns_used, to_sample
 from ray_ft.data.shard import Segment, ShardWriter
 from ray_ft.data.sources import Chunk
 from ray_ft.errors import DataError, ModelError
-from ray_ft.recipe import AnySource, Recipe
+from ray_ft.recipe import AnySource, LabelsSource, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,6 +84,7 @@ def prepare(
             "long_rows": recipe.data.long_rows,
         },
         "cut": {"chunk_bytes": sources.CHUNK_BYTES, "segment_tokens": SEGMENT_TOKENS},
+        **({"labels": recipe.model.labels} if recipe.model.labels else {}),
     }
     location = paths.join(recipe.run.storage, "_prepared", identities.key_of(identity))
     # Held-out rows are few and read again at every evaluation, by every worker: their tokens are always kept.
@@ -183,6 +184,7 @@ class _Work:
     """What `_identity_of` said of the tokenizer."""
     code: bool
     """Whether code in the model's folder may run, as the recipe's model.trust_remote_code says."""
+    labels: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, recipe: Recipe, split: Split, location: str, model_folder: str, identity: dict[str, Any]) -> _Work:
@@ -192,7 +194,7 @@ class _Work:
         wanted, segment_tokens = tuple(getattr(recipe.data, split)), identity["cut"]["segment_tokens"]
         return cls(
             location, model, wanted, **identity["layout"], segment_tokens=segment_tokens, tokenizer=tokenizer,
-            code=recipe.model.trust_remote_code,
+            code=recipe.model.trust_remote_code, labels=tuple(recipe.model.labels),
         )  # fmt: skip
 
     def segments(self, chunk: Chunk, seen: _Seen, first: int = 1) -> Iterator[Segment]:
@@ -203,7 +205,7 @@ class _Work:
         """
         tokenizer = _tokenizer_of(self.model_folder, self.code)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        counts = seen.counts
+        counts, labelled = seen.counts, isinstance(self.sources[chunk.source], LabelsSource)
         pending: list[Tokens] = []
         lines: list[int] = []
         size = 0
@@ -232,6 +234,8 @@ class _Work:
                 seen.rejects.append({"file": chunk.file.name, "line": line, **asdict(result)})
                 continue
             counts.used += 1
+            if labelled:
+                counts.labels[f"{chunk.source}/{result.ids[-1]}"] += 1
             seen.hashes.append(duplicates.row_hash(result))
             pending.append(result)
             lines.append(line)
@@ -257,7 +261,7 @@ class _Work:
             if row.line < first:
                 continue
             content = row.content
-            sample = to_sample(source, content, renderer.special) if isinstance(content, dict) else content
+            sample = to_sample(source, content, renderer.special, self.labels) if isinstance(content, dict) else content
             waiting.append((row.line, sample))
             if len(waiting) == ENCODE_BATCH:
                 yield from encoded()
@@ -270,7 +274,7 @@ class _Work:
             more = "" if tokens.whole else "more than "
             return Reject(TOO_LONG, f"{more}{len(tokens)} tokens, data.seq_len is {self.seq_len}"), False
         if cut:
-            tokens = Tokens(tokens.ids[: self.seq_len], tokens.trained[: self.seq_len])
+            tokens = tokens.cut(self.seq_len)
         if not tokens.trained.any():
             detail = f"the answer begins after token {self.seq_len}" if cut else "no token of it is a target"
             return Reject("nothing to train on", detail), False

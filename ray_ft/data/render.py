@@ -4,6 +4,10 @@ A conversation is rendered once as a whole and once up to each assistant turn; w
 turn's answer. Tokens that hold any of an answer are trained, up to and including the marker that ends the turn, so
 that the model learns to stop; so is one that joins the prompt's last space to the answer's first word. The rendered
 text holds every special token (Gemma's template writes ``<bos>`` itself), so it is tokenized without adding any.
+
+A labelled text is tokenized as a served classifier does it, special tokens added, and its label stands behind it as one
+more token, the only one that is trained: what the model is to say next. It is a number among the labels, not a word; no
+other token sees it, and the model's state there is not used.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import glob
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +24,7 @@ import numpy as np
 
 from ray_ft import paths
 from ray_ft.data.lines import Reject
-from ray_ft.data.rows import Conversation, Joined, Sample
+from ray_ft.data.rows import Asked, Conversation, Joined, Labelled, Sample
 from ray_ft.errors import ModelError
 
 if TYPE_CHECKING:
@@ -35,15 +39,23 @@ VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "tekken.json", "vocab
 class Tokens:
     """One sample. `ids` int32 [n]; `trained` bool [n], True where the token is a target of the loss.
 
-    `whole` is False where these are the first tokens alone of a text that is far too long.
+    `whole` is False where these are the first tokens alone of a text that is far too long. The last `kept` tokens stay
+    where it is cut: a label, and what a tokenizer puts behind every text.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     whole: bool = True
+    kept: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def cut(self, length: int) -> Tokens:
+        """The first tokens, and those that are kept, together `length`."""
+        last = len(self) - self.kept
+        index = np.r_[0 : max(length - self.kept, 0), last : len(self)]
+        return Tokens(self.ids[index], self.trained[index], self.whole, self.kept)
 
 
 class Renderer:
@@ -63,7 +75,7 @@ class Renderer:
         self.eos: int | None = tokenizer.eos_token_id
         self.special = special_tokens(tokenizer)
 
-    def prompt_text(self, sample: Sample) -> str:
+    def prompt_text(self, sample: Asked) -> str:
         """What the model is given when it is to answer the sample: exactly the text before the trained answer."""
         if isinstance(sample, Joined):
             return (self.tokenizer.bos_token or "") + sample.prompt
@@ -82,7 +94,7 @@ class Renderer:
         return sorted(found)
 
     def encode(self, samples: Sequence[Sample]) -> list[Tokens | Reject]:
-        """Tokenize many samples at once; a Reject where the template refuses one."""
+        """Tokenize many samples at once, all with a label or none; a Reject where the template refuses one."""
         texts: list[str] = []
         spans: list[list[tuple[int, int]]] = []  # characters of each text that are answers
         results: list[Tokens | Reject | None] = []
@@ -110,19 +122,26 @@ class Renderer:
 
     def _encode(
         self, part: slice, texts: list[str], spans: list[list[tuple[int, int]]], samples: list[Sample]
-    ) -> Iterator[Tokens]:
+    ) -> Iterator[Tokens | Reject]:
         tokenizer = self.tokenizer.backend_tokenizer
         begun = [text[: self.characters] for text in texts[part]]
-        encodings = tokenizer.encode_batch(begun, add_special_tokens=False)
+        added = isinstance(samples[part][0], Labelled)
+        encodings = tokenizer.encode_batch(begun, add_special_tokens=added)
         for encoding, text, answers, sample in zip(encodings, texts[part], spans[part], samples[part], strict=True):
             end = self.characters or len(text)
             while end < len(text) and len(encoding) < (self.tokens or 0):  # some tokenizers leave out white space
                 end *= 2
-                encoding = tokenizer.encode(text[:end], add_special_tokens=False)
-            tokens = self._tokens(encoding, answers, sample)
-            yield tokens if end >= len(text) else Tokens(tokens.ids, tokens.trained, whole=False)
+                encoding = tokenizer.encode(text[:end], add_special_tokens=added)
+            whole = end >= len(text)
+            if isinstance(sample, Labelled):
+                yield self._labelled(encoding, sample.label, whole)
+            else:
+                tokens = self._tokens(encoding, answers, sample)
+                yield tokens if whole else replace(tokens, whole=False)
 
     def _with_spans(self, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
+        if isinstance(sample, Labelled):
+            return sample.text, []
         if isinstance(sample, Joined):
             return sample.prompt + sample.answer, [(len(sample.prompt), len(sample.prompt) + len(sample.answer))]
         text = self._render(sample.turns)
@@ -138,7 +157,15 @@ class Renderer:
             spans.append((start, len(through.rstrip())))
         return text, spans
 
-    def _tokens(self, encoding: Any, spans: list[tuple[int, int]], sample: Sample) -> Tokens:
+    @staticmethod
+    def _labelled(encoding: Any, label: int, whole: bool) -> Tokens | Reject:
+        own = np.flatnonzero(np.asarray(encoding.special_tokens_mask, dtype=np.int8) == 0)
+        if not len(own):
+            return Reject("no token in the text", "the tokenizer leaves out all its characters")
+        ids = np.append(np.asarray(encoding.ids, dtype=np.int32), np.int32(label))
+        return Tokens(ids, np.arange(len(ids)) == len(ids) - 1, whole, kept=len(ids) - int(own[-1]) - 1)
+
+    def _tokens(self, encoding: Any, spans: list[tuple[int, int]], sample: Asked) -> Tokens:
         ids = np.asarray(encoding.ids, dtype=np.int32)
         starts, ends = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
         trained = np.zeros(len(ids), dtype=bool)

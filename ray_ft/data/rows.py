@@ -6,13 +6,14 @@ import re
 import reprlib
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from ray_ft.data.lines import Reject
 from ray_ft.recipe import (
+    LabelsSource,
     MessagesSource,
     PromptCompletionSource,
     Source,
@@ -22,6 +23,7 @@ from ray_ft.recipe import (
     template_fields,
 )
 
+KNOWN = 20  # labels that a reject names
 ROLES = ("system", "user", "assistant")
 LOST = ("function_call", "reasoning_content", "thinking")  # keys of a message with content that no turn here carries
 
@@ -54,7 +56,16 @@ class Joined:
     answer: str
 
 
-Sample = Conversation | Joined
+@dataclass(frozen=True)
+class Labelled:
+    """A text, as it is, and the number of its label."""
+
+    text: str
+    label: int
+
+
+Asked = Conversation | Joined  # what a model can be asked
+Sample = Asked | Labelled
 
 
 class _Unusable(Exception):
@@ -63,16 +74,22 @@ class _Unusable(Exception):
         self.reject = Reject(reason, detail)
 
 
-def to_sample(source: Source, row: dict[str, Any], special: re.Pattern[str] | None = None) -> Sample | Reject:
+def to_sample(
+    source: Source, row: dict[str, Any], special: re.Pattern[str] | None = None, labels: Sequence[str] = ()
+) -> Sample | Reject:
     """What the source's format makes of one row.
 
     Args:
+        labels: `model.labels`, which rows of format labels name.
         special: finds the tokenizer's special tokens (`Renderer.special`). A row that holds the text of one is
             rejected: the tokenizer would make the token itself of it, so that a quoted ``<end_of_turn>`` ends the
             turn. Those that the recipe's own templates hold are meant.
     """
     try:
-        sample = _READERS[type(source)](source, row)
+        if isinstance(source, LabelsSource):
+            sample: Sample = Labelled(_text(row, source.field), _label(row, source.label_field, labels))
+        else:
+            sample = _READERS[type(source)](source, row)
         if special:
             _check_special(source, sample, special)
     except _Unusable as unusable:
@@ -84,6 +101,8 @@ def _check_special(source: Source, sample: Sample, special: re.Pattern[str]) -> 
     # Of the texts as they are joined: the token may come about where two of them meet.
     if isinstance(sample, Conversation):
         texts = [turn["content"] for turn in sample.turns]
+    elif isinstance(sample, Labelled):
+        texts = [sample.text]
     else:
         texts = [sample.prompt + sample.answer]
     if not any(map(special.search, texts)):
@@ -110,6 +129,8 @@ def columns_used(source: Source) -> set[str]:
     match source:
         case MessagesSource() | TextSource():
             return {source.field}
+        case LabelsSource():
+            return {source.field, source.label_field}
         case PromptCompletionSource():
             return {source.prompt_field, source.completion_field}
         case TemplateSource():
@@ -135,12 +156,16 @@ def language_name(code: str) -> str:
         return code
 
 
-def _text(row: dict[str, Any], field: str, *, empty_ok: bool = False) -> str:
+def _value(row: dict[str, Any], field: str) -> Any:
     if field not in row:
         raise _Unusable(
             f"missing field {field!r}", f"the row has {', '.join(map(_repr.repr, list(row)[:8])) or 'no fields'}"
         )
-    value = row[field]
+    return row[field]
+
+
+def _text(row: dict[str, Any], field: str, *, empty_ok: bool = False) -> str:
+    value = _value(row, field)
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
         raise _Unusable(f"field {field!r} is {kind}, not a string", _repr.repr(value))
@@ -153,7 +178,22 @@ def _text(row: dict[str, Any], field: str, *, empty_ok: bool = False) -> str:
     return value
 
 
-def _asked(prompt: str, answer: str, chat: bool) -> Sample:
+def _label(row: dict[str, Any], field: str, labels: Sequence[str]) -> int:
+    """The number of a label that a row gives by name or by number. A name goes first: it may look like a number."""
+    value = _value(row, field)
+    if isinstance(value, str) and value in labels:
+        return labels.index(value)
+    if type(value) is int and 0 <= value < len(labels):
+        return value
+    if value is None or type(value) not in (str, int):
+        kind = "null" if value is None else type(value).__name__
+        raise _Unusable(f"field {field!r} is {kind}, neither a label's name nor its number", _repr.repr(value))
+    some = ", ".join(f"{number} {name!r}" for number, name in enumerate(labels[:KNOWN]))
+    more = f" … ({len(labels)})" if len(labels) > KNOWN else ""
+    raise _Unusable("unknown label", f"{_repr.repr(value)}; model.labels has {some}{more}")
+
+
+def _asked(prompt: str, answer: str, chat: bool) -> Asked:
     if not answer.strip():
         raise _Unusable("empty answer")
     if not chat:
@@ -161,7 +201,7 @@ def _asked(prompt: str, answer: str, chat: bool) -> Sample:
     return Conversation(({"role": "user", "content": prompt}, {"role": "assistant", "content": answer}))
 
 
-def _messages(source: MessagesSource, row: dict[str, Any]) -> Sample:
+def _messages(source: MessagesSource, row: dict[str, Any]) -> Asked:
     messages = row.get(source.field)
     if not isinstance(messages, list) or not messages:
         raise _Unusable(f"field {source.field!r} is not a list of messages", _repr.repr(messages))
@@ -197,16 +237,16 @@ def _content(message: dict[str, Any]) -> str:
     return _text(message, "content", empty_ok=message.get("role") == "system")
 
 
-def _prompt_completion(source: PromptCompletionSource, row: dict[str, Any]) -> Sample:
+def _prompt_completion(source: PromptCompletionSource, row: dict[str, Any]) -> Asked:
     return _asked(_text(row, source.prompt_field), _text(row, source.completion_field), source.chat)
 
 
-def _template(source: TemplateSource, row: dict[str, Any]) -> Sample:
+def _template(source: TemplateSource, row: dict[str, Any]) -> Asked:
     fields = {name: _text(row, name, empty_ok=True) for name in sorted(columns_used(source))}
     return _asked(source.prompt.format(**fields), source.completion.format(**fields), source.chat)
 
 
-def _translation(source: TranslationSource, row: dict[str, Any]) -> Sample:
+def _translation(source: TranslationSource, row: dict[str, Any]) -> Asked:
     source_code = source.source_lang_code or _text(row, source.source_lang_code_field)
     target_code = source.target_lang_code or _text(row, source.target_lang_code_field)
     prompt = source.prompt.format(
@@ -219,11 +259,11 @@ def _translation(source: TranslationSource, row: dict[str, Any]) -> Sample:
     return _asked(prompt, _text(row, source.target_field), chat=True)
 
 
-def _plain(source: TextSource, row: dict[str, Any]) -> Sample:
+def _plain(source: TextSource, row: dict[str, Any]) -> Asked:
     return Joined("", _text(row, source.field))
 
 
-_READERS: dict[type[Source], Callable[[Any, dict[str, Any]], Sample]] = {
+_READERS: dict[type[Source], Callable[[Any, dict[str, Any]], Asked]] = {
     MessagesSource: _messages,
     PromptCompletionSource: _prompt_completion,
     TemplateSource: _template,

@@ -18,8 +18,8 @@ from ray_ft import paths, placement
 from ray_ft.answers import explained
 from ray_ft.data.order import Order
 from ray_ft.data.prepared import Prepared
-from ray_ft.errors import DataError
-from ray_ft.model import attention, load
+from ray_ft.errors import DataError, ModelError
+from ray_ft.model import attention, classify, load
 from ray_ft.recipe import Recipe
 from ray_ft.train import objective
 from ray_ft.train.loop import micro_batches, tensors
@@ -66,13 +66,11 @@ def losses(
         DataError: held-out rows without any target token.
         RayFtError: what kept a model from being loaded.
     """
-    # No more than the run itself had: the cluster may be others' too.
-    gpus = min(placement.gpus_within_reach(), recipe.train.world_size) if recipe.train.device != "cpu" else 0
     orders = [Order.once(one.rows) for one in judged]
     # The models one after the other, so that every actor loads each at most once.
     work = [(number, part) for number, order in enumerate(orders) for part in order.slices(0, order.rows)]
     sums = [(0.0, 0)] * len(judged)
-    for done, (number, total, tokens) in enumerate(_judged(judged, recipe, work, gpus), start=1):
+    for done, (number, total, tokens) in enumerate(spread(_Judge, (judged, recipe), recipe, work), start=1):
         sums[number] = (sums[number][0] + total, sums[number][1] + tokens)
         on_progress(done, len(work))
     if any(not tokens for _, tokens in sums):
@@ -82,17 +80,22 @@ def losses(
     return [Loss(total / tokens, tokens, one.rows.rows) for (total, tokens), one in zip(sums, judged, strict=True)]
 
 
-def _judged(
-    judged: Sequence[Judged], recipe: Recipe, work: list[tuple[int, Any]], gpus: int
-) -> Iterator[tuple[int, float, int]]:
-    """(number of the model, sum of losses, target tokens) for every part of the work, in its order."""
+def spread(kind: type[Any], made: tuple[Any, ...], recipe: Recipe, work: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+    """What actors find for every part of the work, in its order.
+
+    Args:
+        kind: class of the actors, made with `made` and whether they are on GPUs; their `judge` takes a part.
+        recipe: whose devices are used.
+    """
     import ray
     from ray.util import ActorPool
 
     if not work:
         return
-    judge = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Judge)
-    actors = [judge.remote(judged, recipe, gpus > 0) for _ in range(min(max(gpus, 1), len(work)))]
+    # No more than the run itself had: the cluster may be others' too.
+    gpus = min(placement.gpus_within_reach(), recipe.train.world_size) if recipe.train.device != "cpu" else 0
+    judge = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(kind)
+    actors = [judge.remote(*made, gpus > 0) for _ in range(min(max(gpus, 1), len(work)))]
     try:
         with explained("a model to be judged", "lower train.micro_batch", "leave the base out: --no-base"):
             yield from ActorPool(actors).map(lambda actor, item: actor.judge.remote(*item), work)
@@ -114,7 +117,7 @@ class _Judge:
         if self._held != number:  # not when the actor is made: Ray reports an error there without its class
             self._model = None  # there may be no room for two
             whole = whole_model(self._judged[number].weights, self._recipe, self._device)
-            self._model = objective.of(self._recipe).module(whole, self._recipe)
+            self._model = objective.of(self._recipe).module(whole, self._recipe, None)
             self._held = number
         return number, *self._sum(part, self._judged[number].rows)
 
@@ -138,8 +141,13 @@ def whole_model(weights: Trained | str, recipe: Recipe, device: torch.device) ->
     if isinstance(weights, Trained):  # its base, too, may lie elsewhere on this node
         return replace(weights, base=weights.recipe.model.folder()).model(device, dtype)
     folder = paths.model_folder(weights)
-    config = load.load_config(folder)
+    config = load.load_config(folder, recipe.model.labels)
     model = load.build(config, attention.choose("auto", device.type, config, dtype).implementation, dtype)
+    if classify.new_names(model, load.weight_files(folder)):
+        raise ModelError(
+            f"{weights!r} is no classifier: it has no {classify.HEAD}",
+            ["name a run that was trained with these labels, or its export"],
+        )
     load.allocate(model, device)
     load.fill(model, folder, load.whole_spans(model))
     return model.eval()

@@ -12,7 +12,7 @@ from ray_ft.answers.target import Prompt
 from ray_ft.data import sources
 from ray_ft.data.files import public_name
 from ray_ft.data.render import load_tokenizer, special_tokens
-from ray_ft.data.rows import Conversation, Joined, Sample, columns_used, to_sample
+from ray_ft.data.rows import Asked, Conversation, Joined, columns_used, to_sample
 from ray_ft.errors import DataError
 from ray_ft.recipe import Recipe, Source, TranslationSource
 
@@ -28,7 +28,7 @@ class Question:
     """
 
     origin: str
-    sample: Sample
+    sample: Asked
     source: str = ""
     languages: tuple[str, str] | None = None
 
@@ -68,13 +68,7 @@ def held_out_questions(recipe: Recipe, count: int) -> list[Question]:
         DataError: the recipe names no held-out data.
     """
     if not recipe.data.eval:
-        raise DataError(
-            "the recipe has no data.eval, so there is nothing to evaluate on",
-            [
-                "name held-out sources there; of a run, then train again: a finished one only prepares them",
-                "evaluate a run's export with another recipe: ray-ft evaluate RUN/export --recipe RECIPE",
-            ],
-        )
+        raise no_held_out()
     chosen: list[tuple[int, Question]] = []
     generator = random.Random(recipe.run.seed)
     for seen, question in enumerate(_questions(recipe)):  # reservoir sampling: one pass, bounded memory
@@ -85,10 +79,20 @@ def held_out_questions(recipe: Recipe, count: int) -> list[Question]:
     return [question for _, question in sorted(chosen, key=lambda pair: pair[0])]
 
 
+def no_held_out() -> DataError:
+    return DataError(
+        "the recipe has no data.eval, so there is nothing to evaluate on",
+        [
+            "name held-out sources there; of a run, then train again: a finished one only prepares them",
+            "evaluate a run's export with another recipe: ray-ft evaluate RUN/export --recipe RECIPE",
+        ],
+    )
+
+
 def _questions(recipe: Recipe) -> Iterable[Question]:
     special = special_tokens(load_tokenizer(recipe.model.folder(weights=False)))
     for number, source in enumerate(recipe.data.eval):
-        named = f"data.eval.{number} ({', '.join(_name(path) for path in source.path)})"
+        named = source_name(number, source)
         for file in sources.find_files(source):
             before = 0
             for chunk in sources.chunks_of(file, number):
@@ -101,6 +105,11 @@ def _questions(recipe: Recipe) -> Iterable[Question]:
                         languages = _languages(source, row.content)
                         yield Question(f"{file.name}:{before + line}", sample, named, languages)
                 before += line if file.kind == "jsonl" else 0
+
+
+def source_name(number: int, source: Source) -> str:
+    """A held-out source for people: "data.eval.0 (heldout.parquet)"."""
+    return f"data.eval.{number} ({', '.join(_name(path) for path in source.path)})"
 
 
 def _name(path: str) -> str:

@@ -12,6 +12,7 @@ from rich.table import Table
 from ray_ft import paths
 from ray_ft.answers.target import Answer
 from ray_ft.evaluate.compare import Difference, compare
+from ray_ft.evaluate.labels import tables
 from ray_ft.evaluate.losses import Loss
 from ray_ft.evaluate.questions import Question, groups
 from ray_ft.evaluate.scores import SHARES, Scored, Scorer, label_report, sentence_chrf
@@ -22,6 +23,7 @@ WORST = 10  # examples that a report lists
 SAMPLES = 20
 SHOWN_GROUPS = 12  # language pairs, and sources, in the tables for people
 GROUP_SCORES = ("exact_match", "chrf", "bleu")  # which of their scores
+LABEL_SCORES = ("accuracy", "macro_f1")  # the same of a classifier
 TITLES = {
     "loss": "loss",
     "perplexity": "perplexity",
@@ -168,9 +170,9 @@ def examples(questions: Sequence[Question]) -> dict[str, Any]:
     }
 
 
-def write(found: dict[str, Any], questions: Sequence[Question], report: str, beside: str) -> None:
+def write(found: dict[str, Any], shown: dict[str, Any], report: str, beside: str) -> None:
     """Write a report and its examples at two locations; the report, which says that all is there, last."""
-    paths.write_json(beside, examples(questions))
+    paths.write_json(beside, shown)
     paths.write_json(report, found)
 
 
@@ -182,7 +184,8 @@ def show(found: dict[str, Any], view: View) -> None:
     two worst examples."""
     model, base = found["model"], found["base"]
     step = f"step {found['step']}, " if found.get("step") is not None else ""
-    view.line(f"{step}{found['rows']} held-out rows answered by {found['engine']}")
+    labels = found.get("task") == "labels"
+    view.line(f"{step}{found['rows']} held-out rows {'classified' if labels else 'answered'} by {found['engine']}")
     view.console.print(_table(found))
     for name, text in found["signatures"].items():
         view.line(f"{TITLES.get(name, name.upper() if name == 'rouge' else name)} {text}")
@@ -194,15 +197,21 @@ def show(found: dict[str, Any], view: View) -> None:
         if system and system["cut_off"]:
             view.line(f"{who}: {system['cut_off']} answers cut off at evaluate.max_new_tokens")
     for kind, title in (("language_pair", "languages"), ("source", "source")):
-        if len(found["groups"][kind]) > 1:
-            view.console.print(_groups(title, found["groups"][kind]))
+        if len(found["groups"].get(kind, ())) > 1:
+            view.console.print(_groups(title, found["groups"][kind], LABEL_SCORES if labels else GROUP_SCORES))
+    for table in tables(found["labels"]) if labels else ():
+        view.console.print(table)
     for example in found["worst"][:2]:
-        view.line(f"worst: {_short(example['answer'])!r} for {_short(example['reference'])!r} ({example['origin']})")
+        sure = f", {example['probability']:.1%} sure: {_short(example['prompt'])!r}" if labels else ""
+        view.line(
+            f"worst: {_short(example['answer'])!r} for {_short(example['reference'])!r} ({example['origin']}){sure}"
+        )
 
 
 def _table(found: dict[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    columns = ["", "base", "model", "difference [95 %]", "p"] if found["base"] else ["", "model"]
+    base = found["base"] and found["base"].get("title", "base")
+    columns = ["", base, "model", "difference [95 %]", "p"] if base else ["", "model"]
     for title in columns:
         table.add_column(title, justify="left" if not title else "right")
     values, others = (_values(found[side]) if found[side] else {} for side in ("model", "base"))
@@ -218,18 +227,19 @@ def _table(found: dict[str, Any]) -> Table:
     return table
 
 
-def _groups(title: str, groups: dict[str, Any]) -> Table:
+def _groups(title: str, groups: dict[str, Any], names: tuple[str, ...]) -> Table:
     # The more rows, the more is known; those left out, and all other scores, are in report.json.
     most = sorted(groups, key=lambda name: (-groups[name]["rows"], name))[:SHOWN_GROUPS]
     compared = any(group["base"] for group in groups.values())
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column(title)
-    for heading in ("rows", *(TITLES[name] for name in GROUP_SCORES), *(["chrF's difference [95 %]"] * compared)):
+    told = "chrf" if "chrf" in names else names[0]  # whose difference is shown
+    for heading in ("rows", *(TITLES[n] for n in names), *([f"{TITLES[told]}'s difference [95 %]"] * compared)):
         table.add_column(heading, justify="right")
     for name in most:
         group = groups[name]
-        cells = [_arrow(score, group) for score in GROUP_SCORES]
-        cells += [_interval("chrf", group["difference"].get("chrf"))] * compared
+        cells = [_arrow(score, group) for score in names]
+        cells += [_interval(told, group["difference"].get(told))] * compared
         table.add_row(escape(name), str(group["rows"]), *cells)
     if len(groups) > len(most):
         table.add_row(f"… and {len(groups) - len(most)} more")

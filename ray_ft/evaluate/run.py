@@ -17,9 +17,9 @@ from ray_ft.data import stream
 from ray_ft.data.prepare import prepare
 from ray_ft.data.prepared import Prepared
 from ray_ft.errors import CheckpointError, DataError, RecipeError, ServeError
-from ray_ft.evaluate import report
+from ray_ft.evaluate import labels, report
 from ray_ft.evaluate.losses import Judged, Loss, losses
-from ray_ft.evaluate.questions import Question, held_out_questions
+from ray_ft.evaluate.questions import Question, held_out_questions, no_held_out
 from ray_ft.evaluate.remote import endpoint_loss
 from ray_ft.evaluate.report import System
 from ray_ft.recipe import Recipe
@@ -57,22 +57,7 @@ def evaluate(
         ServeError: the endpoint cannot be reached, refuses the key, or has an engine of its own.
     """
     work = _Work.of(target, recipe, base, engine, model)
-    questions = held_out_questions(work.recipe, work.recipe.evaluate.max_rows)
-    labels = work.recipe.evaluate.labels
-    if labels and not any(question.reference.strip() in labels for question in questions):
-        some = ", ".join(repr(question.reference.strip()[:40]) for question in questions[:3])
-        raise DataError(
-            f"evaluate.labels are {', '.join(map(repr, labels))}; no held-out answer is one of them, such as {some}",
-            ["name the answers as they stand in the data, letter case included", "evaluate.labels=[]"],
-        )
-    for each in work.targets:
-        answers.check(each, work.engine)
-    with work.connected():
-        with view.progress("judging") as progress:
-            found = work.losses(progress)
-        systems = [work.asked(number, loss, questions, view) for number, loss in enumerate(found)]
-    compared = systems[1] if len(systems) > 1 else None
-    content = report.build(work.head, work.recipe, questions, systems[0], compared)
+    content, shown = work.labelled(view) if work.recipe.data.task == "labels" else work.answered(view)
     if to is not None:
         folder = paths.absolute(to)
         written, beside = paths.join(folder, "report.json"), paths.join(folder, "examples.json")
@@ -80,7 +65,7 @@ def evaluate(
         written, beside = work.trained.run.evaluation, work.trained.run.examples
     else:
         return content
-    report.write(content, questions, written, beside)
+    report.write(content, shown, written, beside)
     view.line(f"report: {written}")
     return content
 
@@ -92,12 +77,14 @@ class _Work:
     Attributes:
         targets: what is asked: the model, and behind it the base where it is wanted.
         trained: where the model is a run.
+        wants_base: whether it is to be compared.
     """
 
     targets: list[Target]
     recipe: Recipe
     trained: Trained | None
     engine: EngineName
+    wants_base: bool
 
     @classmethod
     def of(
@@ -129,7 +116,7 @@ class _Work:
         targets = [target, found] if wanted and not _same(target, found) else [target]
         if target.kind == "endpoint" and len(targets) == 1 and engine not in (None, "auto"):
             raise ServeError(f"{text!r} has its own engine: {engine} cannot be chosen for it", ["leave --engine out"])
-        return cls(targets, settings, trained, engine or settings.evaluate.engine)
+        return cls(targets, settings, trained, engine or settings.evaluate.engine, wanted)
 
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
@@ -139,6 +126,49 @@ class _Work:
                 yield
         else:
             yield
+
+    def answered(self, view: View) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The contents of report.json and examples.json of models that answer."""
+        questions = held_out_questions(self.recipe, self.recipe.evaluate.max_rows)
+        names = self.recipe.evaluate.labels
+        if names and not any(question.reference.strip() in names for question in questions):
+            some = ", ".join(repr(question.reference.strip()[:40]) for question in questions[:3])
+            raise DataError(
+                f"evaluate.labels are {', '.join(map(repr, names))}; no held-out answer is one of them, such as {some}",
+                ["name the answers as they stand in the data, letter case included", "evaluate.labels=[]"],
+            )
+        for each in self.targets:
+            answers.check(each, self.engine)
+        with self.connected():
+            with view.progress("judging") as progress:
+                found = self.losses(progress)
+            systems = [self.asked(number, loss, questions, view) for number, loss in enumerate(found)]
+        compared = systems[1] if len(systems) > 1 else None
+        content = report.build(self.head, self.recipe, questions, systems[0], compared)
+        return content, report.examples(questions)
+
+    def labelled(self, view: View) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The same of a classifier.
+
+        Raises:
+            ServeError: an endpoint is to be judged.
+        """
+        target = self.targets[0]
+        if target.kind == "endpoint":
+            raise ServeError(
+                f"{target.location} gives probabilities of labels, and only runs and folders are judged by them",
+                ["evaluate the run that it serves, or its export: ray-ft evaluate RUN"],
+            )
+        if not self.recipe.data.eval:
+            raise no_held_out()
+        judged = Judged(self.trained or target.location, self._rows(target))
+        with session.connected(), view.progress("classifying") as progress:
+            classified = labels.classify(judged, self.recipe, progress)
+        trained = self.trained.prepared("train") if self.trained and self.wants_base else None
+        name = self.trained.recipe.run.name if self.trained else target.location
+        content = labels.build(self.head, name, self.recipe, classified, trained.counts if trained else None)
+        shown = [{key: row[key] for key in ("prompt", "reference", "origin")} for row in content["samples"]]
+        return content, {"examples": shown}
 
     def losses(self, progress: Callable[[int, int], None]) -> list[Loss | str]:
         """Of each target; or why there is none."""

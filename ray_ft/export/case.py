@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ray_ft import paths
+from ray_ft.data.render import load_tokenizer
 from ray_ft.export import lora
 from ray_ft.export.reference import ROUNDOFF, Reference, Tolerance
 from ray_ft.export.tensorfile import Entry, Reader, folder_entries
 from ray_ft.export.vllm_process import Vllm
 from ray_ft.export.weights import Plan
-from ray_ft.model import load
+from ray_ft.model import classify, load
 from ray_ft.trained import Trained
 
 
@@ -38,13 +40,13 @@ class Case:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The base's."""
-        return load.load_config(self.trained.base)
+        """The trained model's: the base's, or that of a classifier on top of it."""
+        return self.trained.config()
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The base's, on the meta device. Of a config of its own, into which transformers writes another dtype."""
-        return load.build(load.load_config(self.trained.base))
+        """The trained one, on the meta device. Of a config of its own, into which transformers writes another dtype."""
+        return load.build(self.trained.config())
 
     @cached_property
     def parameters(self) -> int:
@@ -68,7 +70,7 @@ class Case:
         found = {}
         for file in sorted(set(self.plan.files.values())):
             with Reader(os.path.join(self.trained.base, file)) as base:
-                found[file] = {key: one for key, one in base.entries.items() if self.plan.files.get(key) == file}
+                found[file] = self.plan.entries(file, base)
         return found
 
     @cached_property
@@ -91,3 +93,18 @@ class Case:
         stored = {entry.dtype for entries in self.expected.values() for entry in entries.values()}
         coarsest = max(ROUNDOFF.keys() & {*stored, self.dtype}, key=ROUNDOFF.__getitem__)
         return Tolerance.of(coarsest, self.config.get_text_config().num_hidden_layers)
+
+
+def config_of(trained: Trained) -> dict[str, Any]:
+    """What config.json is to say: what the base's says, and of a classifier its class, labels and padding."""
+    content: dict[str, Any] = paths.read_json(os.path.join(trained.base, "config.json"))
+    if not trained.labels:
+        return content
+    said = classify.settings(trained.config(), trained.labels)
+    content |= {**said, "id2label": {str(number): name for number, name in said["id2label"].items()}}
+    # By it transformers tells where each text of a batch ends. With parts, the language model's is the one that counts.
+    text = content.get("text_config", content)
+    if trained.config().get_text_config().pad_token_id is None:
+        tokenizer = load_tokenizer(trained.base)
+        text["pad_token_id"] = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return content

@@ -42,7 +42,8 @@ def describe(case: Case) -> dict[str, Any]:
             "bytes": sum(path.stat().st_size for path in Path(weights).glob("*.safetensors")),
             "max_position_embeddings": config.get_text_config().max_position_embeddings,
             "trained_seq_len": recipe.data.seq_len,
-            "stop_token_ids": stop_ids_of(trained.base),
+            "stop_token_ids": [] if trained.labels else stop_ids_of(trained.base),
+            **({"labels": trained.labels} if trained.labels else {}),
             **rank,
         },
         "serve": recipe.serve.model_dump(mode="json"),
@@ -105,7 +106,7 @@ Checked before publication:
 {checked}
 
 ```python
-{_usage(base, revision, adapter)}
+{_usage(base, revision, adapter, bool(case.trained.labels))}
 ```
 
 The licence of the base model applies.
@@ -113,7 +114,7 @@ The licence of the base model applies.
     )
 
 
-def _usage(base: str, revision: str | None, adapter: bool) -> str:
+def _usage(base: str, revision: str | None, adapter: bool, labels: bool) -> str:
     pinned = f', revision="{revision}"' if revision else ""
     if adapter:
         return f"""from peft import PeftModel
@@ -121,7 +122,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"{pinned}), "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("{base}"{pinned})"""
-    return """from transformers import AutoModelForCausalLM, AutoTokenizer
+    auto = "AutoModelForSequenceClassification" if labels else "AutoModelForCausalLM"
+    return f"""from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {auto}.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")"""

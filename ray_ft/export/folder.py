@@ -17,8 +17,8 @@ from pathlib import Path
 from ray_ft import paths
 from ray_ft.errors import ExportError, first_line
 from ray_ft.export import gate, lora, pushing, weights
-from ray_ft.export.case import Case
-from ray_ft.export.checks import ADAPTER, MERGED, MODEL
+from ray_ft.export.case import Case, config_of
+from ray_ft.export.checks import wanted
 from ray_ft.export.checks.text import stop_ids_of
 from ray_ft.export.describe import checksums, describe, write_card
 from ray_ft.export.vllm_process import Vllm, obstacle
@@ -61,7 +61,7 @@ def export(
         lora.refuse(trained, vllm)
     target = paths.absolute(to) if to else trained.run.adapter if adapter_only else trained.run.export
     _refuse_foreign(target)
-    why_not = "not asked for (--no-vllm)" if vllm is False else obstacle(trained)
+    why_not = "not asked for (--no-vllm)" if vllm is False else _classifies(trained) or obstacle(trained)
     if vllm and why_not:
         raise ExportError(
             f"check 'logits_vllm' failed: vLLM cannot be asked: {why_not}",
@@ -80,8 +80,7 @@ def export(
         else:
             weights.write(trained, folder, case.plan)
             _copy_rest(trained, folder)
-        wanted = ADAPTER if adapter_only else MERGED if trained.recipe.model.adapter else MODEL
-        checks = gate.examine(case, wanted)
+        checks = gate.examine(case, wanted(case))
         for line in gate.summary(checks):
             view.line(line)
         facts = describe(case)
@@ -94,6 +93,10 @@ def export(
             message = f"{facts['run']}, step {facts['step']}"
             view.line(f"pushed: {pushing.push(local, push, message, target)}")
     return Manifest(target, content)
+
+
+def _classifies(trained: Trained) -> str | None:
+    return "a classifier is served by transformers" if trained.labels else None
 
 
 def _refuse_foreign(target: str) -> None:
@@ -165,6 +168,9 @@ def _copy_rest(trained: Trained, folder: str) -> None:
         for path in Path(trained.base).glob(pattern):
             if path.name not in REPLACED:
                 shutil.copy(path, folder)
+    if trained.labels:
+        paths.write_json(os.path.join(folder, "config.json"), config_of(trained))
+        return
     generation = Path(trained.base, "generation_config.json")
     settings = paths.read_json(str(generation)) if generation.exists() else {}
     settings["eos_token_id"] = stop_ids_of(trained.base)

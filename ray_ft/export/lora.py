@@ -39,6 +39,12 @@ def refuse(trained: Trained, vllm: bool | None) -> None:
     """
     settings = trained.recipe.model
     merged = "export the whole model, with the adapter merged: leave --adapter-only out"
+    if trained.labels:
+        raise ExportError(
+            "the run trained a classifier, whose last layer is no part of an adapter and is in no base that it could "
+            "lie beside",
+            [merged],
+        )
     if settings.adapter is None:
         raise ExportError("the run has no adapter (model.adapter is null), so there is none to export alone", [merged])
     if settings.quantize:
@@ -66,7 +72,7 @@ def entries(trained: Trained) -> dict[str, tuple[str, Entry]]:
     settings = trained.recipe.model.adapter
     assert settings is not None
     names = trained.trained_names()
-    model = load.build(load.load_config(trained.base))
+    model = load.build(trained.config())
     found = {}
     for layer, module in model.named_modules():
         if f"{layer}{adapter.DOWN}" not in names:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,13 @@ import torch
 
 from ray_ft.data import pack
 from ray_ft.data.order import Order
+from ray_ft.data.render import Renderer, Tokens, load_tokenizer
+from ray_ft.data.rows import Labelled
 from ray_ft.errors import ExportError
 from ray_ft.trained import Trained
 
 DOCUMENTS = 4  # that are compared
+TEXTS = 16  # of a classifier, which gives each a few numbers
 TOKENS = 256  # of each, at most: 4 × 256 × 262,208 logits of Gemma 3 take 0.5 GiB in bfloat16
 PROOF_TOKENS = 128  # of the one in the manifest
 DIGITS = 5  # of its log-probabilities
@@ -78,15 +81,17 @@ class Tolerance:
 class Reference:
     """Attributes:
     documents: token ids of each, of at least two tokens.
-    logits: [tokens, vocabulary] of each, in the exported precision.
+    logits: [tokens, vocabulary] of each, in the exported precision; of a classifier [1, labels].
     spread: root mean square of all logits about their mean at each position.
     effect: what the adapter changes: from the model without it to the one with it; None without an adapter.
+    said: of a classifier, what is in the manifest: a text, and the probability of each label.
     """
 
     documents: tuple[tuple[int, ...], ...]
     logits: tuple[torch.Tensor, ...]
     spread: float
     effect: Distance | None
+    said: dict[str, Any] | None = None
 
     @classmethod
     @torch.no_grad()
@@ -94,11 +99,17 @@ class Reference:
         documents = tuple(_documents(trained))
         model = trained.model(torch.device("cpu"), dtype)
         logits = tuple(answers(model, ids) for ids in documents)
-        found = cls(documents, logits, _spread(logits), None)
+        said = _said(trained, model, documents) if trained.labels else None
+        found = cls(documents, logits, _spread(logits), None, said)
+        if not found.spread > 0:
+            raise ExportError(
+                "the trained model gives every label the same score for every text: it has learnt nothing",
+                ["train longer, or with a higher train.optimizer.lr"],
+            )
         if trained.recipe.model.adapter is None:
             return found
         effect = found.distance(_without_adapter(model, documents))
-        return cls(documents, logits, found.spread, effect)
+        return replace(found, effect=effect)
 
     def distance(self, found: Any) -> Distance:
         """Of other logits of the same documents, given one document after the other; a constant added to all of a
@@ -128,8 +139,11 @@ class Reference:
                 count += len(tokens)
         return Distance(math.sqrt(squares / count) / self.spread, largest / self.spread)
 
-    def proof(self) -> dict[str, list[Any]]:
-        """``token_ids`` of the longest document, cut, and ``logprobs`` of all of them but the first."""
+    def proof(self) -> dict[str, Any]:
+        """``token_ids`` of the longest document, cut, and ``logprobs`` of all of them but the first; of a classifier
+        ``input``, a text, and ``probabilities`` by label."""
+        if self.said is not None:
+            return self.said
         ids, logits = max(zip(self.documents, self.logits, strict=True), key=lambda pair: len(pair[0]))
         ids = ids[:PROOF_TOKENS]
         said = torch.log_softmax(logits[: len(ids) - 1].float(), -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
@@ -137,29 +151,46 @@ class Reference:
 
 
 def answers(model: Any, ids: Sequence[int]) -> torch.Tensor:
-    """[tokens, vocabulary] of one document, in the model's precision."""
+    """[tokens, vocabulary] of one document, in the model's precision; of a classifier [1, labels]."""
     with torch.no_grad():
-        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits
+        return logits.view(-1, logits.shape[-1])
 
 
 def _documents(trained: Trained) -> Iterator[tuple[int, ...]]:
     prepared = trained.prepared("eval") or trained.prepared("train")
     assert prepared is not None
-    left = DOCUMENTS
-    for part in Order.once(prepared).slices(0, DOCUMENTS):
+    found = False
+    shortest, left = (1, TEXTS) if trained.labels else (2, DOCUMENTS)
+    for part in Order.once(prepared).slices(0, left):
         rows = part.read(prepared)
         for ids, flags in zip(rows.input_ids, rows.flags, strict=True):
             starts = np.flatnonzero(flags & pack.START)
             for begin, end in zip(starts, [*starts[1:], len(flags)], strict=True):
-                document = ids[begin:end][(flags[begin:end] & pack.REAL) != 0][:TOKENS]
-                if left and len(document) > 1:
+                # A label is behind its text, and is not what the model reads.
+                kept = (pack.REAL | pack.TRAINED) if trained.labels else pack.REAL
+                document = ids[begin:end][(flags[begin:end] & kept) == pack.REAL][:TOKENS]
+                if left and len(document) >= shortest:
                     left -= 1
                     yield tuple(document.tolist())
-    if left == DOCUMENTS:
+                    found = True
+    if not found:
         raise ExportError(
-            "the run's prepared rows hold no document of two tokens, so nothing can be compared",
+            "the run's prepared rows hold no document that is long enough, so nothing can be compared",
             ["raise data.seq_len, or look at what data/rejects.jsonl says of the rows"],
         )
+
+
+def _said(trained: Trained, model: Any, documents: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """What a classifier says of the shortest text that says anything: read and answered as by who serves it."""
+    renderer = Renderer(load_tokenizer(trained.base))
+    texts = [renderer.tokenizer.decode(ids, skip_special_tokens=True) for ids in documents]
+    text = min(filter(str.strip, texts), key=len, default="a")
+    (tokens,) = renderer.encode([Labelled(text, 0)])
+    assert isinstance(tokens, Tokens)
+    probabilities = answers(model, tokens.ids[:-1].tolist())[0].float().softmax(-1).tolist()
+    said = {name: round(value, DIGITS) for name, value in zip(trained.labels, probabilities, strict=True)}
+    return {"input": text, "probabilities": said}
 
 
 def _without_adapter(model: Any, documents: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 
@@ -19,7 +19,7 @@ import torch
 from ray_ft import paths
 from ray_ft.errors import ExportError
 from ray_ft.export.tensorfile import Entry, Reader, Writer
-from ray_ft.model import adapt, adapter, load, quantize
+from ray_ft.model import adapt, adapter, classify, load, quantize
 from ray_ft.recipe import Model
 from ray_ft.trained import Trained
 
@@ -33,7 +33,7 @@ def write(trained: Trained, folder: str, plan: Plan) -> None:
     total = 0
     for file in sorted(set(files.values())):
         with Reader(os.path.join(trained.base, file)) as base:
-            entries = {key: entry for key, entry in base.entries.items() if files.get(key) == file}
+            entries = plan.entries(file, base)
             total += sum(entry.size for entry in entries.values())
             with Writer(os.path.join(folder, file), entries) as out:
                 for keys in by_layer(list(entries)):
@@ -71,7 +71,8 @@ class Plan:
         adapters: name of the adapted module whose weight it is.
         rounded: keys of weights that were held in 4 bits, which takes `dtype`.
         copies: keys of what the base stores a second time though it is tied; such a copy would stay the base's.
-        stored: key → file, of the base.
+        new: what the base has not: a classifier's last layer, in place of a language model's.
+        stored: key → file, of what the base has that the trained model has, too.
     """
 
     settings: Model
@@ -81,6 +82,7 @@ class Plan:
     copies: frozenset[str]
     dtype: torch.dtype
     stored: dict[str, str]
+    new: dict[str, Entry] = field(default_factory=dict)
 
     @classmethod
     def of(cls, run: Trained) -> Plan:
@@ -90,33 +92,44 @@ class Plan:
         """
         stored = load.weight_files(run.base)
         settings = run.recipe.model
-        model = load.build(load.load_config(run.base))
+        model = load.build(config := run.config())
         keys = load.stored_keys(model, stored)
         dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
         quantized = adapt.adapt(model, settings, dtype, dtype, packed=False).quantized if settings.quantize else ()
-        names = run.trained_names()
+        names, parameters = run.trained_names(), dict(model.named_parameters())
         bases = {name: adapter.stored_name(name) for name in names}
         layers = {name.removesuffix(adapter.DOWN) for name in names if name.endswith(adapter.DOWN)}
+        new = {
+            name: Entry.of(load.stored_dtype(config), parameters[name].shape)
+            for name in classify.new_names(model, keys)
+        }
         weights = {*filter(None, bases.values()), *(f"{layer}.weight" for layer in layers)}
-        if absent := sorted(weights - keys.keys()):
+        if absent := sorted(weights - keys.keys() - new.keys()):
             raise ExportError(
                 f"the checkpoint trains {', '.join(absent[:3])}, which the base {run.base} does not hold",
                 ["export with the base that the run was trained from (model.path)"],
             )
         return cls(
             settings,
-            {keys[base]: name for name, base in bases.items() if base is not None},
+            {keys.get(base, base): name for name, base in bases.items() if base is not None},
             {keys[f"{layer}.weight"]: layer for layer in layers},
             frozenset(keys[name] for name in quantized),
             frozenset(key for name, key in keys.items() if name in model.all_tied_weights_keys),
             dtype,
-            stored,
+            {key: file for key, file in stored.items() if not (run.labels and key == keys.get(classify.WORDS))},
+            new,
         )
 
     @cached_property
     def files(self) -> dict[str, str]:
         """Key → file, of what is exported."""
-        return {key: file for key, file in self.stored.items() if key not in self.copies}
+        found = {key: file for key, file in self.stored.items() if key not in self.copies}
+        return found | dict.fromkeys(self.new, max(found.values()))
+
+    def entries(self, file: str, base: Reader) -> dict[str, Entry]:
+        """Key → what is exported in a file, in the order of the base's."""
+        everything = {**base.entries, **self.new}
+        return {key: entry for key, entry in everything.items() if self.files.get(key) == file}
 
     @cached_property
     def changed(self) -> frozenset[str]:
@@ -128,7 +141,7 @@ class Plan:
         found = {}
         for key in keys:  # read at once what is replaced, as each look at a checkpoint asks its storage several times
             if key in self.trained:
-                entry = base.entries[key]
+                entry = self.new.get(key) or base.entries[key]
                 found[key] = torch.empty(entry.shape, dtype=entry.dtype)
         wanted = {self.trained[key]: tensor for key, tensor in found.items()}
         for key in keys:

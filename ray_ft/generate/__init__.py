@@ -124,8 +124,10 @@ def _format(name: str | None, settings: Mapping[str, Any], inputs: Inputs, targe
 def _of_run(location: str) -> list[Format]:
     """How the run's own rows ask, the held-out ones first."""
     from ray_ft import recipe
+    from ray_ft.answers.found import refuse_labels
 
     settings = recipe.load(paths.RunDir(location).recipe)
+    refuse_labels(location, settings.model.labels)
     sources = [*settings.data.eval, *settings.data.train]
     return [Format.from_source(source) for source in sources if not isinstance(source, TextSource)]
 

@@ -19,7 +19,7 @@ from ray_ft.answers import Prompt
 from ray_ft.data.files import File, find_files
 from ray_ft.data.lines import Reject, parse_line, read_lines
 from ray_ft.data.parquet import parquet_columns, read_groups, row_group_bytes
-from ray_ft.data.rows import Conversation, columns_used, to_sample
+from ray_ft.data.rows import Conversation, Labelled, columns_used, to_sample
 from ray_ft.errors import DataError
 from ray_ft.recipe import (
     MessagesSource,
@@ -123,6 +123,7 @@ class Format:
             return sample
         if isinstance(sample, Conversation):
             return Prompt(messages=[dict(turn) for turn in sample.prompt])
+        assert not isinstance(sample, Labelled), "no format here has labels"
         return Prompt(text=sample.prompt)
 
     def _completed(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ray_ft.errors import ModelError
 from ray_ft.model import adapter, freeze, quantize
+from ray_ft.model.classify import head, is_classifier
 from ray_ft.recipe.model import Model
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ def adapt(
 ) -> Adapted:
     """Settle what of a model on the meta device is trained, in place.
 
-    An adapter freezes the whole base; `settings.unfreeze` names what of it is trained beside. Parameters that text
-    never reaches are frozen too: they would have no gradient.
+    An adapter freezes the whole base but a classifier's head; `settings.unfreeze` names what else is trained.
+    Parameters that text never reaches are frozen too: they would have no gradient.
 
     Args:
         weights: precision in which trained parameters are kept.
@@ -76,6 +77,8 @@ def adapt(
     parameters = dict(model.named_parameters())
     if settings.adapter:
         model.requires_grad_(False)
+        if is_classifier(model.config):  # its head is new, or was made for other rows
+            head(model).requires_grad_(True)
     freeze.freeze(model, settings.freeze, settings.unfreeze)
     idle = {name for name in unreached if parameters[name].requires_grad}
     _refuse_unreached(model, settings, unreached)

@@ -20,6 +20,7 @@ from torch import nn
 
 from ray_ft.errors import ModelError
 from ray_ft.model import quantize
+from ray_ft.model.classify import head
 from ray_ft.recipe.model import Adapter
 from ray_ft.span import Span
 
@@ -63,7 +64,7 @@ def targets(model: PreTrainedModel, settings: Adapter, unreached: Collection[str
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     allowed = [name for name in linear if not _matches(name, settings.exclude_modules)]
-    output = next((name for name, module in linear.items() if module is model.get_output_embeddings()), None)
+    output = next((name for name, module in linear.items() if module is head(model)), None)
     if settings.target_modules == "all-linear":
         found = [name for name in allowed if name != output and f"{name}.weight" not in unreached]
     else:
@@ -75,6 +76,12 @@ def targets(model: PreTrainedModel, settings: Adapter, unreached: Collection[str
             raise ModelError(
                 f"model.adapter.target_modules names {_some(lost)}, which no row of text reaches",
                 [f"add to model.adapter.exclude_modules: {_common(lost)!r}"],
+            )
+        if output in found and model.get_output_embeddings() is None:
+            raise ModelError(
+                f"model.adapter.target_modules names {output}, a classifier's last layer, which is trained whole "
+                "beside the adapter",
+                [f"add to model.adapter.exclude_modules: {output!r}", "or set target_modules: all-linear"],
             )
         if output in found and _tied(model):
             raise ModelError(

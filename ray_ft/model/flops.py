@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ray_ft.model.classify import head
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -15,9 +17,9 @@ def flops_per_token(model: PreTrainedModel) -> float:
     and embedding look-ups (unless the matrix is also the output projection). An under-count, so that MFU is never
     flattered.
     """
-    head = model.get_output_embeddings().weight
+    last = head(model)
     looked_up = model.get_input_embeddings().weight
-    used = {id(p): p for p in [*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()]}
-    if looked_up is not head:
+    used = {id(p): p for p in [*model.get_decoder().parameters(), *last.parameters()]}
+    if looked_up is not last.weight:
         used.pop(id(looked_up), None)
     return float(sum(p.numel() * (6 if p.requires_grad else 4) for p in used.values() if p.dim() >= 2))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ray_ft.errors import ModelError
+from ray_ft.model.classify import head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +62,7 @@ def freeze(model: PreTrainedModel, frozen: Sequence[str], trained: Sequence[str]
 
 def unreachable(model: PreTrainedModel) -> list[str]:
     """Names of parameters that rows of text do not pass through, such as a vision tower's: they get no gradient."""
-    reached = {id(p) for p in [*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()]}
+    reached = {id(p) for p in [*model.get_decoder().parameters(), *head(model).parameters()]}
     return [name for name, parameter in model.named_parameters() if id(parameter) not in reached]
 
 
@@ -95,7 +96,7 @@ def _modules(model: PreTrainedModel, part: str) -> list[nn.Module]:
     if part == "input_embeddings":
         return [model.get_input_embeddings()]
     if part == "output_embeddings":
-        return [model.get_output_embeddings()]
-    if part == "language_model":
-        return [model.get_decoder(), model.get_output_embeddings()]
+        return list(filter(None, [model.get_output_embeddings()]))
+    if part == "language_model":  # without a classifier's head, which may be all that is trained
+        return list(filter(None, [model.get_decoder(), model.get_output_embeddings()]))
     return [module for name, module in model.named_modules() if name.rpartition(".")[2] in TOWERS[part]]

@@ -12,7 +12,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 
 from ray_ft import paths
 from ray_ft.errors import ModelError
-from ray_ft.model import quantize
+from ray_ft.model import classify, quantize
 from ray_ft.model.adapter import stored_name
 from ray_ft.span import Span
 
@@ -38,14 +38,32 @@ BLOCK = 1 << 25  # elements that are read at once
 SAMPLE = 4096  # bytes of each tensor that enter a fingerprint
 
 
-def load_config(folder: str) -> PretrainedConfig:
+def load_config(folder: str, labels: Sequence[str] = ()) -> PretrainedConfig:
     """The model's config. Where the recipe trusts the folder's own code, its classes are known to transformers then,
     in this process, as those of its own families are.
 
+    Args:
+        labels: of the classifier that the model is to be, on top of a language model or as one that there is already;
+            none: it is to be a language model.
+
     Raises:
         ModelError: config.json is missing, broken, or of a family that transformers does not know; or it names code
-            that its recipe does not trust, or that lies elsewhere.
+            that its recipe does not trust, or that lies elsewhere; or it is a classifier, and not of these labels.
     """
+    config = _read_config(folder)
+    if labels:
+        return classify.labelled(config, labels, folder)
+    if classify.is_classifier(config):
+        names = classify.labels_of(config)
+        raise ModelError(
+            f"{folder!r} is a classifier of {', '.join(names[:3])}{' …' if len(names) > 3 else ''}, which gives "
+            "probabilities of labels and no text",
+            ["ask it for labels: ray-ft serve, then POST /v1/classify", "or name a language model"],
+        )
+    return config
+
+
+def _read_config(folder: str) -> PretrainedConfig:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -111,7 +129,7 @@ def _register(config: PretrainedConfig, code: Mapping[str, str], folder: str) ->
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that computes logits for text.
+    """The class that computes logits for text, or a classifier's that computes scores of labels.
 
     A config with parts besides its language model (such as a vision tower) gives the class that has them all: the
     language model's class alone would not find its weights in such a checkpoint.
@@ -130,8 +148,14 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 def _factory(config: PretrainedConfig) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSequenceClassification,
+    )
 
+    if classify.is_classifier(config):
+        return AutoModelForSequenceClassification
     several = config.get_text_config() is not config and type(config) in AutoModelForImageTextToText._model_mapping
     return AutoModelForImageTextToText if several else AutoModelForCausalLM
 
@@ -314,8 +338,8 @@ def fill(model: PreTrainedModel, folder: str, spans: Mapping[str, Span]) -> None
     """Give a model its weights, in place; its tensors are allocated but hold nothing yet.
 
     Only what the spans hold is read, a block of rows at a time. 4-bit layers are quantized as they are read; an
-    adapter's own parameters are left as they are. Buffers that no checkpoint holds (rotary frequencies, Gemma's
-    embedding scale) are computed.
+    adapter's own parameters are left as they are, and a new classifier's last layer begins with zeros. Buffers that no
+    checkpoint holds (rotary frequencies, Gemma's embedding scale) are computed.
 
     Args:
         spans: this worker's run of each parameter, by its name in memory.
@@ -326,12 +350,15 @@ def fill(model: PreTrainedModel, folder: str, spans: Mapping[str, Span]) -> None
     """
     files = weight_files(folder)
     keys = stored_keys(model, files)
-    check_keys(stored_names(model), set(keys), set(model.all_tied_weights_keys), folder)
+    new = classify.new_names(model, keys)
+    passed_over = {*model.all_tied_weights_keys, *([classify.WORDS] if classify.is_classifier(model.config) else [])}
+    check_keys(stored_names(model) - new, set(keys), passed_over, folder)
+    classify.initialise(spans, new)
     targets: dict[str, Any] = {name: Span.whole(buffer) for name, buffer in _persistent_buffers(model).items()}
     packed = dict(quantize.layers(model))
     for name, span in spans.items():
         stored = stored_name(name)
-        if stored is not None:
+        if stored is not None and stored not in new:
             targets[stored] = packed.get(name, span)
     tied = {name: source for name, source in model.all_tied_weights_keys.items() if name in keys}
     targets |= {name: targets[source] for name, source in tied.items()}

@@ -62,7 +62,7 @@ class LossModel(nn.Module):
         """
         # The language model itself: text passes by a vision-language model's towers, and its masks stay those of text.
         hidden = self.model.get_decoder()(
-            input_ids=input_ids, use_cache=False, **self._documents(position_ids)
+            input_ids=input_ids, use_cache=False, **documents(self.model, position_ids)
         ).last_hidden_state
         targets = labels[:, 1:]
         wanted = targets != IGNORE
@@ -79,29 +79,30 @@ class LossModel(nn.Module):
             total = total.index_add(0, wanted.nonzero()[:, 0], torch.cat(losses))
         return torch.stack([total], dim=1)  # no view: FSDP's hooks want an output of its own
 
-    def _documents(self, position_ids: torch.Tensor) -> dict[str, Any]:
-        """Position ids, and what else the family or the attention needs to keep documents apart."""
-        text = self.model.config.get_text_config()
-        positions: dict[str, Any] = {"position_ids": position_ids}
-        if "mrope_section" in (getattr(text, "rope_parameters", None) or {}):
-            # Qwen's vision-language models turn by time, height and width; a fourth, first one tells documents apart.
-            positions["position_ids"] = position_ids.expand(4, *position_ids.shape)
-        if text._attn_implementation.startswith("flash_attention"):
-            # It has no mask, and transformers looks for documents in position ids only where there is a single row.
-            from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
-
-            (bounds, _), (longest, _) = prepare_fa_kwargs_from_position_ids(position_ids)
-            length = int(longest)  # waits for the GPU once, not in each layer
-            positions |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
-            positions |= {"max_length_q": length, "max_length_k": length}
-        return positions
-
     def _chunk_loss(self, states: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         logits = self.model.get_output_embeddings()(states).float()
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         if cap is not None:
             logits = torch.tanh(logits / cap) * cap
         return F.cross_entropy(logits, words, reduction="none")
+
+
+def documents(model: PreTrainedModel, position_ids: torch.Tensor) -> dict[str, Any]:
+    """Position ids, and what else the family or the attention needs to keep documents apart."""
+    text = model.config.get_text_config()
+    positions: dict[str, Any] = {"position_ids": position_ids}
+    if "mrope_section" in (getattr(text, "rope_parameters", None) or {}):
+        # Qwen's vision-language models turn by time, height and width; a fourth, first one tells documents apart.
+        positions["position_ids"] = position_ids.expand(4, *position_ids.shape)
+    if text._attn_implementation.startswith("flash_attention"):
+        # It has no mask, and transformers looks for documents in position ids only where there is a single row.
+        from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+
+        (bounds, _), (longest, _) = prepare_fa_kwargs_from_position_ids(position_ids)
+        length = int(longest)  # waits for the GPU once, not in each layer
+        positions |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+        positions |= {"max_length_q": length, "max_length_k": length}
+    return positions
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ray_ft.errors import ResourceError
+from ray_ft.model.classify import head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +55,7 @@ def _bitsandbytes() -> Any:
 def targets(model: PreTrainedModel, unreached: Collection[str] = ()) -> list[str]:
     """Names of the modules that are quantized: linear layers that text reaches, with a frozen weight, less the output
     projection, whose errors would reach every logit."""
-    output = model.get_output_embeddings()
+    output = head(model)
     return [
         name
         for name, module in model.named_modules()

@@ -67,7 +67,7 @@ def answer(
         raise ResourceError(f"--tokens {tokens:g} is no number of tokens", ["give those of the whole run, such as 1e9"])
     known = fleet.load_prices(prices)
     chosen = fleet.choose(known, recipe.train.world_size, gpu, nodes, gpus_per_node)
-    planner = Planner(recipe, shapes.find_config(recipe.model.location, config), known)
+    planner = Planner(recipe, shapes.find_config(recipe.model.location, config, recipe.model.labels), known)
     plan = planner.plan(chosen)
     settings = search.cheapest(planner, chosen)[:top]
     ways = [] if settings else list(search.ways_out(planner, chosen))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from torch import nn
 
 from ray_ft import paths
 from ray_ft.errors import ModelError
-from ray_ft.model import adapt, adapter, load, quantize
+from ray_ft.model import adapt, adapter, classify, load, quantize
 from ray_ft.model.flops import flops_per_token
 from ray_ft.model.loss import decoder_layers
 from ray_ft.recipe import Recipe
@@ -102,8 +102,11 @@ class Shapes:
         return next(p for p in self.parameters if p.name == name)
 
 
-def find_config(location: str, file: str | None = None) -> PretrainedConfig:
+def find_config(location: str, file: str | None = None, labels: Sequence[str] = ()) -> PretrainedConfig:
     """The config of a model: of `file`, a local folder, what is shipped with this package, or the hub, in this order.
+
+    Args:
+        labels: of a classifier; see `load.load_config`.
 
     Raises:
         ModelError: there is none, or it is damaged.
@@ -114,7 +117,7 @@ def find_config(location: str, file: str | None = None) -> PretrainedConfig:
     if shipped is not None and not os.path.isdir(location):
         return _parse(shipped, f"the shipped config of {location}")
     try:
-        return load.load_config(paths.model_folder(location, weights=False))
+        return load.load_config(paths.model_folder(location, weights=False), labels)
     except ModelError as error:
         raise ModelError(error.what, [*error.ways_out, "or name its config.json: --config FILE"]) from error
 
@@ -154,6 +157,8 @@ def _parse(content: Any, where: str) -> PretrainedConfig:
 
 def build(config: PretrainedConfig, recipe: Recipe, compute: torch.dtype) -> tuple[PreTrainedModel, Adapted]:
     """The recipe's model on the meta device, adapted as in training; what is quantized there keeps its shape here."""
+    if recipe.model.labels:
+        config = classify.labelled(config, recipe.model.labels, recipe.model.path)
     model = load.build(config, "eager" if recipe.model.attention == "eager" else "sdpa", compute)
     # DeepSpeed computes with trained weights in the precision of the computation; its float32 copy is the optimizer's.
     weights = compute if recipe.train.strategy.startswith("zero") else getattr(torch, recipe.train.optimizer.weights)
@@ -182,7 +187,7 @@ def read(model: PreTrainedModel, recipe: Recipe, compute: torch.dtype, quantized
         for name, p in model.named_parameters()
     )
     names = {id(p): name for name, p in model.named_parameters()}
-    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    head, embedding = classify.head(model).weight, model.get_input_embeddings().weight
     text_units = [unit for unit in units if id(unit) in text]
     return Shapes(
         parameters=parameters,

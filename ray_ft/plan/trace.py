@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ray_ft.errors import ModelError
+from ray_ft.model import classify
 from ray_ft.plan.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class Tracer:
 
     def _loss(self, numbers: Numbers, tokens: int, chunk: int) -> tuple[float, float]:
         """Most bytes of the loss of `tokens` target tokens, forwards and backwards, above its input."""
-        head, ledger = self._model.get_output_embeddings(), Ledger()
+        head, ledger = classify.head(self._model), Ledger()
         cap = getattr(self._model.config.get_text_config(), "final_logit_softcapping", None)
         embedding = self._model.get_input_embeddings().weight
         dtype = numbers.trained if embedding.requires_grad else numbers.compute

@@ -9,6 +9,7 @@ never dictionaries. Nothing here imports torch or ray.
 from ray_ft.recipe.data import (
     AnySource,
     Data,
+    LabelsSource,
     MessagesSource,
     PromptCompletionSource,
     Source,
@@ -40,6 +41,7 @@ __all__ = [
     "Evaluate",
     "Failures",
     "Gateway",
+    "LabelsSource",
     "Median",
     "MessagesSource",
     "Model",

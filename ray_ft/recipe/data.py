@@ -108,16 +108,26 @@ class TemplateSource(Source):
         return template
 
 
+class LabelsSource(Source):
+    """Texts to be classified: each row's text and which of model.labels it has."""
+
+    format: Literal["labels"]
+    field: str = "text"
+    """Column with the text; the model reads it as it is, without a chat template."""
+    label_field: str = "label"
+    """Column with the label: its name, or its number from 0 in the order of model.labels."""
+
+
 AnySource = Annotated[
-    MessagesSource | PromptCompletionSource | TranslationSource | TextSource | TemplateSource,
+    MessagesSource | PromptCompletionSource | TranslationSource | TextSource | TemplateSource | LabelsSource,
     Field(discriminator="format"),
 ]
 
 
 #: What a model is trained for; a recipe's follows from the formats of its sources.
-Task = Literal["language"]
+Task = Literal["language", "labels"]
 
-TASKS: dict[type[Source], Task] = {}
+TASKS: dict[type[Source], Task] = {LabelsSource: "labels"}
 """Of the formats that are for another task than language."""
 
 

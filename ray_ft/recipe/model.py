@@ -53,6 +53,29 @@ class Model(Section):
     """Train low-rank adapters in place of the weights; null: train the weights."""
     quantize: Literal["nf4"] | None = None
     """Hold the frozen base in 4-bit NF4 (QLoRA); needs an adapter and a GPU."""
+    labels: list[str] = []
+    """Names of the labels, for sources of format labels: the model then gives each of them a probability."""
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _names(cls, labels: object) -> object:
+        if isinstance(labels, list) and (other := [one for one in labels if not isinstance(one, str)]):
+            raise ValueError(
+                f"{other[0]!r} is no name but {type(other[0]).__name__}, as YAML reads yes, no and numbers; write it "
+                f'in quotes: "{other[0]}"'
+            )
+        return labels
+
+    @field_validator("labels")
+    @classmethod
+    def _told_apart(cls, labels: list[str]) -> list[str]:
+        if twice := sorted({name for name in labels if labels.count(name) > 1}):
+            raise ValueError(f"{', '.join(map(repr, twice))} stands there twice; name each label once")
+        if any(not name.strip() for name in labels):
+            raise ValueError("a label's name is empty; give it one")
+        if len(labels) == 1:
+            raise ValueError(f"{labels[0]!r} alone leaves nothing to decide; name at least two")
+        return labels
 
     @field_validator("path")
     @classmethod

@@ -52,6 +52,40 @@ class Recipe(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _labels_are_the_tasks(self) -> Recipe:
+        labels, weights = self.model.labels, self.train.class_weights
+        if self.data.task != "labels":
+            kind = self.data.train[0].format
+            for key, value in (("model.labels", labels), ("train.class_weights", weights)):
+                if value:
+                    raise ValueError(
+                        f"{key} is read by sources of format labels, and data.train.0 has format {kind}; remove it, or "
+                        "set format: labels"
+                    )
+            return self
+        if not labels:
+            raise ValueError(
+                "data.train.0 has format labels, and model.labels names none; name them all, in the order of their "
+                "numbers: model.labels: [negative, positive]"
+            )
+        if isinstance(weights, dict) and (unknown := sorted(weights.keys() - set(labels))):
+            raise ValueError(
+                f"train.class_weights names {', '.join(map(repr, unknown))}, and model.labels has "
+                f"{', '.join(map(repr, labels))}; name labels as they are written there"
+            )
+        if self.evaluate.labels:
+            raise ValueError(
+                "evaluate.labels is for answers that are labels, and data.train.0 has format labels, whose labels are "
+                "model.labels; remove evaluate.labels"
+            )
+        if self.evaluate.during is not None:
+            raise ValueError(
+                "evaluate.during asks for answers, and a model trained on format labels gives none; set "
+                "evaluate.during: null, and train.eval_every: epoch, which has the accuracy too"
+            )
+        return self
+
     def sized(self, workers: int) -> Recipe:
         """The recipe of one start of an elastic run, which has so many workers; 0: in this process, unsharded."""
         changed: dict[str, object] = {"workers": workers, **({} if workers else {"strategy": "none"})}

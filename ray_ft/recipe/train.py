@@ -138,8 +138,11 @@ class Train(Section):
     """Recompute each layer in the backward pass instead of keeping its activations."""
     loss_chunk: Annotated[int, Field(ge=1)] = 1024
     """Target tokens whose logits exist at once; the rest of the vocabulary × sequence never materialises."""
-    eval_every: Annotated[int, Field(ge=1)] | None = None
-    """Steps between evaluations of the loss on data.eval; null: only after the last step."""
+    class_weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | Literal["balanced"] | None = None
+    """Of labels: by how much each counts in the training's loss, 1 where not named; balanced: all labels alike, however
+    many rows each has. Only their ratios matter: over the training rows they are made to average 1."""
+    eval_every: Annotated[int, Field(ge=1)] | Literal["epoch"] | None = None
+    """Steps between evaluations on data.eval; epoch: after each; null: only after the last step."""
     log_every: Annotated[int, Field(ge=1)] = 10
     """Steps between lines in metrics.jsonl."""
     checkpoint: Checkpoint = Checkpoint()

@@ -58,13 +58,16 @@ def training(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """The curves of a run; a column without a number gives none."""
     shown = thinned(rows)
     charts = []
-    lines = [_line(shown, "loss", "training", FIRST)]
-    if any(row.get("eval_loss") is not None for row in shown):
-        lines.append(_line(shown, "eval_loss", "held-out", SECOND, markers=True))
-    if lines[0]["x"]:
-        figure = _figure(lines, "nats per target token")
-        figure["layout"]["showlegend"] = len(lines) > 1
-        charts.append(Chart("Loss", figure, "mean over the target tokens of a step", wide=True))
+    labels = any(row.get("accuracy") is not None for row in shown)
+    unit = "label" if labels else "target token"
+    for key, title, of in (("loss", "Loss", f"nats per {unit}"), ("accuracy", "Accuracy", "share of labels")):
+        lines = [_line(shown, key, "training", FIRST)]
+        if any(row.get(f"eval_{key}") is not None for row in shown):
+            lines.append(_line(shown, f"eval_{key}", "held-out", SECOND, markers=True))
+        if lines[0]["x"]:
+            figure = _figure(lines, of)
+            figure["layout"]["showlegend"] = len(lines) > 1
+            charts.append(Chart(title, figure, f"mean over the {unit}s of a step", wide=True))
     for key, title, unit, note in CURVES:
         line = _line(shown, key, title, FIRST, markers=key == "checkpoint_seconds")
         if not line["x"]:
@@ -104,8 +107,8 @@ def lengths(stats: Mapping[str, Any], seq_len: int | None) -> Chart | None:
     return Chart("Length of samples", figure, f"data.seq_len is {seq_len}" if seq_len else "")
 
 
-def differences(rows: Sequence[Mapping[str, Any]]) -> Chart | None:
-    """Improvement over the base model with its interval, for scores that have one, as shares of their scale."""
+def differences(rows: Sequence[Mapping[str, Any]], base: str = "base model") -> Chart | None:
+    """Improvement over the base with its interval, for scores that have one, as shares of their scale."""
     found = [row for row in rows if row.get("low") is not None and row.get("high") is not None]
     if not found:
         return None
@@ -135,7 +138,7 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> Chart | None:
     figure["layout"]["xaxis"] |= {"tickformat": "+.0%", "zeroline": True, "hoverformat": "+.1%"}
     figure["layout"]["yaxis"] |= {"type": "category", "automargin": True}
     note = "95% interval of a paired bootstrap over the rows"
-    return Chart("Improvement over the base model", figure, note, wide=True)
+    return Chart(f"Improvement over the {base}", figure, note, wide=True)
 
 
 def over_steps(validations: Sequence[tuple[int, Mapping[str, float]]], title: str, note: str) -> Chart | None:

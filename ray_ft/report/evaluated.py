@@ -136,8 +136,14 @@ def _scores(found: Mapping[str, Any]) -> Table:
         rows.append((*cells, _interval(name, by) or "—", number(by.get("p"), 2)))
     if not base:
         return Table(("score", "model"), [(row[0], row[2]) for row in rows], "Scores (the base model was not asked)")
-    columns = ("score", "base model", "model", "difference", "95% interval", "p")
-    return Table(columns, rows, "Base model → fine-tuned model")
+    before = _title(found)
+    columns = ("score", before, "model", "difference", "95% interval", "p")
+    return Table(columns, rows, f"{before[0].upper()}{before[1:]} → fine-tuned model")
+
+
+def _title(found: Mapping[str, Any]) -> str:
+    """What the model is compared with, for people."""
+    return str((found.get("base") or {}).get("title", "base model"))
 
 
 def _remarks(found: Mapping[str, Any]) -> list[Any]:
@@ -161,7 +167,7 @@ def _difference(found: Mapping[str, Any]) -> list[Any]:
         for name, by in (found.get("difference") or {}).items()
         if isinstance(by, dict) and name not in LOSSES
     ]
-    chart = charts.differences(rows)
+    chart = charts.differences(rows, _title(found))
     return [Charts([chart])] if chart else []
 
 
@@ -176,7 +182,7 @@ def _groups(found: Mapping[str, Any]) -> list[Table]:
             rows.append((str(key), number(group.get("rows")), *(_change(group, name) for name in names)))
         caption = GROUPS.get(kind, f"Per {kind.replace('_', ' ')}")
         if any(group.get("base") for group in groups.values()):
-            caption += ": base model → model [95% interval of the difference]"
+            caption += f": {_title(found)} → model [95% interval of the difference]"
         tables.append(Table((kind.replace("_", " "), "rows", *map(title, names)), rows, caption))
     return tables
 

@@ -13,6 +13,8 @@ SHARES = ("mfu", "data_wait_share", "non_pad_share")
 TITLES = {
     "loss": "loss",
     "eval_loss": "held-out loss",
+    "accuracy": "accuracy",
+    "eval_accuracy": "held-out accuracy",
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens/s",

@@ -125,6 +125,8 @@ def prepare_job(recipe: Recipe, view: View, spread: Any) -> worker.Job:
     for split, found in job.splits.items():
         check(found, recipe, split, run.rejects)
         view.line(f"{split} data{' (prepared before)' if found.reused else ''}: {found.summary()}")
+        if said := found.counts.say_labels(recipe.model.labels):
+            view.line(f"{split} labels: {said}")
     if not job.order.rows:
         weights = ", ".join(
             f"{source.weight:g} × {job.train.rows_by_source.get(number, 0)} packed rows"

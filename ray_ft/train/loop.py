@@ -20,7 +20,7 @@ from ray_ft.strategy.base import Layout, Strategy
 from ray_ft.train.keeper import Keeper
 from ray_ft.train.metrics import Meter
 from ray_ft.train.objective import TOKENS, Means, Objective, Sums
-from ray_ft.train.schedule import due, learning_rate
+from ray_ft.train.schedule import due, ends_epoch, learning_rate
 
 NAMED = 16  # samples of each worker that an error names
 
@@ -167,7 +167,11 @@ def train(
         finished = step + 1
         keeper.used(finished, batch)
         row = meter.step(finished, result.loss, result.norm, lr, batch.rows) | result.more
-        held_out_due = held_out is not None and due(settings.eval_every, finished, total)
+        if settings.eval_every == "epoch":
+            held_out_due = finished == total or ends_epoch(order, settings.global_batch, finished)
+        else:
+            held_out_due = due(settings.eval_every, finished, total)
+        held_out_due = held_out_due and held_out is not None
         if held_out_due:
             assert held_out is not None
             means = evaluate(strategy, held_out, settings.micro_batch, objective)

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from ray_ft.data import pack
+from ray_ft.data.counts import Counts
+from ray_ft.model.classify import LabelLoss
 from ray_ft.model.loss import LossModel
 from ray_ft.recipe import Recipe, Task
 
@@ -28,13 +30,14 @@ class Objective:
     """
     Attributes:
         unit: what is counted, for people: "tokens".
-        module: wraps a model so that its forward pass gives the sums.
+        module: wraps a model so that its forward pass gives the sums; takes the recipe, and what was counted of the
+            training rows where it is to be trained.
         targets: how many of them are in each row: [rows] from the rows' flags, uint8 [rows, tokens].
         statistics: names of what the module sums beside the loss, in its order; means over the targets are reported.
     """
 
     unit: str
-    module: Callable[[PreTrainedModel, Recipe], nn.Module]
+    module: Callable[[PreTrainedModel, Recipe, Counts | None], nn.Module]
     targets: Callable[[np.ndarray], np.ndarray]
     statistics: tuple[str, ...] = ()
 
@@ -43,12 +46,38 @@ def trained_tokens(flags: np.ndarray) -> np.ndarray:
     return np.count_nonzero(flags & pack.TRAINED, axis=1)
 
 
-def language(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
+def language(model: PreTrainedModel, recipe: Recipe, counts: Counts | None = None) -> nn.Module:
     return LossModel(model, recipe.train.loss_chunk)
 
 
+def labels(model: PreTrainedModel, recipe: Recipe, counts: Counts | None = None) -> nn.Module:
+    return LabelLoss(model, None if counts is None else class_weights(recipe, counts))
+
+
+def class_weights(recipe: Recipe, counts: Counts) -> list[float] | None:
+    """By how much each label counts, as `train.class_weights` says; None: all alike.
+
+    They are scaled so that their mean over the rows of an epoch is 1. The sum of weighted losses can then be divided by
+    the number of rows, as always: over an epoch that is their weighted mean (that of torch's `CrossEntropyLoss`), and
+    a step's gradient does not depend on which labels happen to be in it, as it would if each step had its own divisor.
+
+    Args:
+        counts: of the training rows.
+    """
+    wanted, names = recipe.train.class_weights, recipe.model.labels
+    if not wanted:
+        return None
+    rows = np.array(counts.of_labels(len(names), {n: one.weight for n, one in enumerate(recipe.data.train)}))
+    if wanted == "balanced":  # a label without rows has no loss to be weighted
+        found = np.divide(1.0, rows, out=np.ones_like(rows), where=rows > 0)
+    else:
+        found = np.array([wanted.get(name, 1.0) for name in names])
+    return (found * rows.sum() / (found @ rows)).tolist()
+
+
 TOKENS = Objective("tokens", language, trained_tokens)
-OBJECTIVES: dict[Task, Objective] = {"language": TOKENS}
+LABELS = Objective("labels", labels, trained_tokens, ("accuracy",))
+OBJECTIVES: dict[Task, Objective] = {"language": TOKENS, "labels": LABELS}
 
 
 def of(recipe: Recipe) -> Objective:

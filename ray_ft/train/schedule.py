@@ -31,6 +31,11 @@ def learning_rate(schedule: Schedule, peak: float, step: int, total: int) -> flo
     return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * shape)
 
 
+def ends_epoch(order: Order, global_batch: int, finished: int) -> bool:
+    """Whether an epoch's rows are all used after `finished` steps, and were not before the last of them."""
+    return order.epoch_of(finished * global_batch) > order.epoch_of((finished - 1) * global_batch)
+
+
 def due(every: int | None, finished: int, total: int) -> bool:
     """Whether something that happens every N steps, and always after the last, is due after `finished` steps."""
     return finished == total or (every is not None and finished % every == 0)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ray_ft import paths
+from ray_ft.data.counts import Counts
 from ray_ft.data.identity import explain
 from ray_ft.data.ledger import Ledger
 from ray_ft.data.order import ORDER, Order
@@ -151,7 +152,7 @@ def run(
     batches = ahead(batches_from(order, start, total))
 
     began = time.monotonic()
-    built = build(recipe, layout)
+    built = build(recipe, layout, job.train.counts)
     strategy = built.strategy
     if layout.rank == 0:
         for line in built.lines:
@@ -239,19 +240,23 @@ class Built:
     flops_per_token: float
 
 
-def build(recipe: Recipe, layout: Layout) -> Built:
-    """The recipe's model, laid out over the workers, with the base's weights and a new optimizer, ready to train."""
+def build(recipe: Recipe, layout: Layout, counts: Counts | None = None) -> Built:
+    """The recipe's model, laid out over the workers, with the base's weights and a new optimizer, ready to train.
+
+    Args:
+        counts: of the training rows; labels are weighted by them.
+    """
     if recipe.model.quantize:
         quantize.check(layout.device.type)
     folder = recipe.model.folder()
-    config = load.load_config(folder)
+    config = load.load_config(folder, recipe.model.labels)
     chosen = attention.choose(recipe.model.attention, layout.device.type, config, layout.dtype)
     model = load.build(config, chosen.implementation)
     adapted = adapt.adapt(model, recipe.model, WEIGHTS[recipe.train.optimizer.weights], layout.dtype)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     flops = flops_per_token(model)  # before a strategy cuts the parameters up
-    module = objective.of(recipe).module(model, recipe)
+    module = objective.of(recipe).module(model, recipe, counts)
 
     def fill(spans: Mapping[str, Span]) -> None:
         load.fill(model, folder, spans)

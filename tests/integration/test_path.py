@@ -119,6 +119,29 @@ def test_two_fsdp_workers_on_ray_train_as_one_process_does(trained: Recipe, make
     )
 
 
+def test_labels_are_trained_by_two_workers_as_by_one_and_judged_on_every_row(
+    ray_cluster: None, make: Make, demo: DemoPaths, view: View
+) -> None:
+    train, heldout = ([{"path": file, "format": "labels"}] for file in demo.labelled)
+    labels = {"model.labels": ["en", "fr", "es", "de"], "data.train": train, "data.eval": heldout}
+    labels |= {"train.class_weights": "balanced", "train.strategy": "zero3"}
+    recipe = make(**on_ray(name="labels", **labels))
+    launch.train(recipe, view)
+    alone = make(**on_ray(name="labels-alone", **labels | {"train.workers": 0, "train.strategy": "none"}))
+    launch.train(alone, view)
+    for key in ("loss", "accuracy", "eval_loss", "eval_accuracy"):
+        ours, theirs = ([row[key] for row in read_metrics(r.run.dir) if key in row] for r in (recipe, alone))
+        assert len(ours) >= 2
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4, err_msg=key)
+    found = evaluate.evaluate(recipe.run.dir.root, view)
+    last = read_metrics(recipe.run.dir)[-1]
+    assert found["rows"] == 400
+    assert found["model"]["loss"] == pytest.approx(last["eval_loss"], rel=1e-4)
+    assert found["model"]["scores"]["accuracy"] == pytest.approx(last["eval_accuracy"], abs=1e-6)
+    assert found["base"]["name"] == "always 'en'"
+    assert paths.read_json(recipe.run.dir.evaluation) == found
+
+
 def test_a_run_in_two_parts_ends_as_one_in_one(trained: Recipe, make: Make, view: View) -> None:
     # The schedule must not notice the break, so it is constant in both.
     constant = {"train.schedule.name": "constant"}

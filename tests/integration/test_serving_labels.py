@@ -1,6 +1,7 @@
-"""A small classifier behind the gateway, as transformers computes it; and Ctrl-C while requests are under way.
+"""Two small classifiers behind the gateway, one of a run trained here, as transformers computes them; and Ctrl-C while
+requests are under way.
 
-No vLLM: about 25 s on two free cores, most of it Ray, Serve and two processes that import torch.
+No vLLM: about 30 s on two free cores, most of it Ray, Serve and two processes that import torch.
 """
 
 from __future__ import annotations
@@ -18,9 +19,15 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from rich.console import Console
 
+from ray_ft.demo import DemoPaths
+from ray_ft.export import export
 from ray_ft.recipe import Serve
+from ray_ft.train import launch
+from ray_ft.view import View
 from tests.integration.test_serving import KEY, Served, descendants, end, free_port, get, living, start, wait_ready
+from tests.unit.distributed import recipe_of
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(400)]
 LABELS = ["negative", "neutral", "positive"]
@@ -82,10 +89,25 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def served(said: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def trained(demo: DemoPaths, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The run directory of a classifier that was trained for some steps, and exported."""
+    train, heldout = ([{"path": file, "format": "labels"}] for file in demo.labelled)
+    recipe = recipe_of(
+        demo, tmp_path_factory.mktemp("runs"), "run.name=tongues", 'model.labels=["en", "fr", "es", "de"]',
+        f"data.train={json.dumps(train)}", f"data.eval={json.dumps(heldout)}", "train.max_steps=12",
+        "train.optimizer.lr=1e-2",
+    )  # fmt: skip
+    view = View(Console(quiet=True))
+    launch.train(recipe, view)
+    export(recipe.run.dir.root, view)
+    return recipe.run.dir.root
+
+
+@pytest.fixture(scope="module")
+def served(said: Any, trained: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("log") / "out.txt"
     port = free_port()
-    process = start(said.folder, log, "--port", str(port))
+    process = start(said.folder, log, trained, "--port", str(port))
     processes: list[psutil.Process] = []
     try:
         wait_ready(process, log)
@@ -111,6 +133,24 @@ def test_labels_equal_transformers(served: Served, said: Any) -> None:
             assert one["label"] == max(wanted, key=wanted.__getitem__)
             assert one["probabilities"] == pytest.approx(wanted, abs=1e-5)
     assert together["usage"]["prompt_tokens"] == 3 * sum(len(text.split()) for text in TEXTS)
+
+
+def test_a_trained_run_answers_with_the_probabilities_of_its_export(served: Served, trained: str) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = f"{trained}/export"
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = ["ninety-nine thousand", "quatre-vingt-dix", "tres mil cien", "dreihundertvierundzwanzig"]
+    found = ask(served, {"model": "tongues", "input": texts}).json()["data"]
+    for text, one in zip(texts, found, strict=True):
+        with torch.no_grad():
+            said = model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0].softmax(-1)
+        assert list(one["probabilities"].values()) == pytest.approx(said.tolist(), abs=1e-5)
+        assert list(one["probabilities"]) == ["en", "fr", "es", "de"]
+    assert [one["label"] for one in found] == ["en", "fr", "es", "de"]
+    assert ask(served, {"model": "tongues", "input": "a" * 9000}).status_code == 400  # over the model's context
 
 
 def test_the_command_shown_asks_for_labels(served: Served) -> None:

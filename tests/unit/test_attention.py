@@ -121,7 +121,7 @@ def test_flash_attention_gets_the_bounds_of_documents_also_of_several_rows(
     packed, _ = losses(with_flash(models.model(family)))
     assert packed == pytest.approx(expected, rel=1e-5) == pytest.approx(alone, rel=1e-5)
     # Left to itself, transformers looks for documents only where there is a single row.
-    monkeypatch.setattr(LossModel, "_documents", lambda self, position_ids: {"position_ids": position_ids})
+    monkeypatch.setattr("ray_ft.model.loss.documents", lambda model, position_ids: {"position_ids": position_ids})
     leaking, _ = losses(with_flash(models.model(family)))
     assert abs(leaking - alone) > 1e-2
 
@@ -139,7 +139,7 @@ def qwen_vl() -> PreTrainedModel:
 def test_positions_of_three_dimensions_get_a_fourth_that_tells_documents_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, alone = losses(qwen_vl())
     assert packed == pytest.approx(alone, rel=1e-5)
-    monkeypatch.setattr(LossModel, "_documents", lambda self, position_ids: {"position_ids": position_ids})
+    monkeypatch.setattr("ray_ft.model.loss.documents", lambda model, position_ids: {"position_ids": position_ids})
     leaking, _ = losses(qwen_vl())
     assert abs(leaking - alone) > 1e-2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ray_ft.export.case import Case
 from ray_ft.export.checks.answers import adapter_effect, logits_transformers, logits_vllm
 from ray_ft.export.checks.files import (
     base,
@@ -14,7 +15,7 @@ from ray_ft.export.checks.files import (
     weights_changed,
     weights_trained,
 )
-from ray_ft.export.checks.text import chat_template, stop_ids
+from ray_ft.export.checks.text import chat_template, stop_ids, text_tokens
 from ray_ft.export.gate import Check
 
 #: Of a whole model.
@@ -54,3 +55,29 @@ ADAPTER: tuple[Check, ...] = (
     logits_transformers,
     logits_vllm,
 )
+
+#: Of a classifier, which has no words to end, to render or to tie, and which vLLM does not serve here. `text_tokens` is
+#: for it what `chat_template` is for others.
+LABELS: tuple[Check, ...] = (
+    base,
+    keys,
+    shapes,
+    dtype,
+    finite,
+    config,
+    text_tokens,
+    weights_changed,
+    weights_trained,
+    logits_transformers,
+)
+
+
+def wanted(case: Case) -> tuple[Check, ...]:
+    """The checks for one export."""
+    if case.kind == "adapter":
+        return ADAPTER
+    adapted = case.trained.recipe.model.adapter is not None
+    if case.trained.labels:
+        at = LABELS.index(weights_changed)
+        return (*LABELS[:at], adapter_effect, *LABELS[at:]) if adapted else LABELS
+    return MERGED if adapted else MODEL

@@ -68,12 +68,14 @@ def logits_transformers(case: Case) -> dict[str, Any]:
 
 
 def _loaded(case: Case) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
+
+    auto = AutoModelForSequenceClassification if case.trained.labels else AutoModelForCausalLM
 
     logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto.from_pretrained(
             case.folder if case.kind == "model" else case.trained.base,
             dtype=case.dtype,
             attn_implementation="sdpa",

@@ -11,7 +11,7 @@ import torch
 from ray_ft import paths
 from ray_ft.errors import ExportError
 from ray_ft.export import lora
-from ray_ft.export.case import Case
+from ray_ft.export.case import Case, config_of
 from ray_ft.export.gate import LeftOut, check
 from ray_ft.export.tensorfile import Entry, Reader
 from ray_ft.export.weights import by_layer
@@ -123,13 +123,13 @@ def tied_head(case: Case) -> dict[str, Any]:
 
 @check("config")
 def config(case: Case) -> dict[str, Any]:
-    """config.json says in every field what the base's says.
+    """config.json says in every field what the base's says; a classifier's says its class and labels.
 
     Answers alone do not tell: the rows that are compared are shorter than attention windows and position scaling.
     """
-    fields = [paths.read_json(os.path.join(folder, "config.json")) for folder in (case.trained.base, case.folder)]
+    fields = [config_of(case.trained), paths.read_json(os.path.join(case.folder, "config.json"))]
     if wrong := {key for key in fields[0].keys() | fields[1].keys() if fields[0].get(key) != fields[1].get(key)}:
-        raise ExportError(f"config.json differs from the base's in {_some(wrong)}", [AGAIN])
+        raise ExportError(f"config.json differs from what it is to be, by the base's, in {_some(wrong)}", [AGAIN])
     return {"fields": len(fields[0])}
 
 
@@ -144,12 +144,12 @@ def _copies(case: Case) -> set[str]:
 
 @check("weights_changed")
 def weights_changed(case: Case) -> dict[str, Any]:
-    """Something differs from the base, and nothing that was not trained does."""
+    """Something differs from the base, and nothing that was not trained does. What is new began with zeros."""
     changed = 0
     for file, names in case.expected.items():
         with Reader(os.path.join(case.trained.base, file)) as base, Reader(os.path.join(case.folder, file)) as ours:
             for name in names:
-                if _equal(base, ours, name):
+                if not ours.read(name).any() if name in case.plan.new else _equal(base, ours, name):
                     continue
                 if name not in case.plan.changed:
                     raise ExportError(f"{name} differs from the base's, and it was not trained", [AGAIN])

@@ -12,9 +12,10 @@ from transformers import AutoTokenizer
 
 from ray_ft import paths
 from ray_ft.data import pack, sources
+from ray_ft.data.lines import Reject
 from ray_ft.data.order import Order
-from ray_ft.data.render import Renderer, load_tokenizer
-from ray_ft.data.rows import Conversation, Joined, Sample, columns_used, to_sample
+from ray_ft.data.render import Renderer, Tokens, load_tokenizer
+from ray_ft.data.rows import Asked, Conversation, Joined, Labelled, Sample, columns_used, to_sample
 from ray_ft.errors import DataError, ExportError, StorageError
 from ray_ft.export.case import Case
 from ray_ft.export.gate import check
@@ -55,6 +56,7 @@ def chat_template(case: Case) -> dict[str, Any]:
     origin, samples = real_samples(case.trained)
     tokens = 0
     for sample, ours, theirs in zip(samples, trained.encode(samples), exported.encode(samples), strict=True):
+        assert not isinstance(sample, Labelled)
         texts = [_text(renderer, sample) for renderer in (trained, exported)]
         if texts[0] != texts[1]:
             at = next((at for at, pair in enumerate(zip(*texts, strict=False)) if pair[0] != pair[1]), 0)
@@ -73,6 +75,26 @@ def chat_template(case: Case) -> dict[str, Any]:
     return {"rows": len(samples), "tokens": tokens, "rows_from": origin}
 
 
+@check("text_tokens")
+def text_tokens(case: Case) -> dict[str, Any]:
+    """Real rows give the same token ids by the exported folder's tokenizer, as it is called where labels are served, as
+    training saw before their labels."""
+    trained, exported = Renderer(load_tokenizer(case.trained.base)), _tokenizer(case.folder)
+    origin, samples = real_samples(case.trained)
+    tokens = 0
+    for sample, ours in zip(samples, trained.encode(samples), strict=True):
+        if not isinstance(sample, Labelled) or not isinstance(ours, Tokens):
+            continue  # a row that training rejected
+        theirs = exported(sample.text)["input_ids"]
+        if ours.ids[:-1].tolist() != theirs:
+            raise ExportError(
+                f"the exported tokenizer makes {len(theirs)} other tokens of a row than training saw ({len(ours) - 1})",
+                [f"the folder's tokenizer.json and tokenizer_config.json are to be those of {case.trained.base}"],
+            )
+        tokens += len(theirs)
+    return {"rows": len(samples), "tokens": tokens, "rows_from": origin}
+
+
 def _tokenizer(folder: str) -> Any:
     # Not through `load_tokenizer`, which keeps what it loaded by the folder's name.
     try:
@@ -86,7 +108,7 @@ def _tokenizer(folder: str) -> Any:
     return tokenizer
 
 
-def _text(renderer: Renderer, sample: Sample) -> str:
+def _text(renderer: Renderer, sample: Asked) -> str:
     """With the prompt as it is asked for an answer: the two differ in what begins the assistant's turn."""
     import jinja2
 
@@ -124,8 +146,9 @@ def _raw(trained: Trained) -> Iterator[Sample]:
             for chunk in sources.chunks_of(file, number)
             for row in sources.read_rows(chunk, columns_used(source))
         )
-        made = (to_sample(source, row.content, special) for row in rows if isinstance(row.content, dict))
-        yield from itertools.islice((one for one in made if isinstance(one, Conversation | Joined)), ROWS)
+        labels = trained.labels
+        made = (to_sample(source, row.content, special, labels) for row in rows if isinstance(row.content, dict))
+        yield from itertools.islice((one for one in made if not isinstance(one, Reject)), ROWS)
 
 
 def _packed(trained: Trained) -> Iterator[Sample]:
@@ -138,7 +161,10 @@ def _packed(trained: Trained) -> Iterator[Sample]:
             real = (flags & pack.REAL) != 0
             for which in np.split(np.arange(len(ids)), np.flatnonzero(flags & pack.START)[1:]):
                 trained_on = (flags[which] & pack.TRAINED) != 0
-                if real[which].all() and trained_on.any():
+                if trained.labels and trained_on.any():
+                    text = tokenizer.decode(ids[which][real[which] & ~trained_on], skip_special_tokens=True)
+                    yield Labelled(text, int(ids[which][trained_on][0]))
+                elif real[which].all() and trained_on.any():
                     asked, said = (
                         tokenizer.decode(ids[which][chosen], skip_special_tokens=True)
                         for chosen in (~trained_on, trained_on)
