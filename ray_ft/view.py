@@ -22,6 +22,10 @@ PLAIN_LINES = 10  # lines of metrics that one training run prints where there is
 _COLUMNS = (
     ("loss", "loss", "{:.4f}"),
     ("eval_loss", "eval loss", "{:.4f}"),
+    ("reward_accuracy", "reward accuracy", "{:.1%}"),
+    ("reward_margin", "margin", "{:.3f}"),
+    ("eval_reward_accuracy", "eval reward accuracy", "{:.1%}"),
+    ("eval_reward_margin", "eval margin", "{:.3f}"),
     ("lr", "lr", "{:.2e}"),
     ("grad_norm", "grad norm", "{:.2f}"),
     ("tokens_per_second", "tokens/s", "{:,.0f}"),

@@ -20,7 +20,7 @@ import numpy as np
 
 from ray_ft import paths
 from ray_ft.data.lines import Reject
-from ray_ft.data.rows import Conversation, Joined, Sample
+from ray_ft.data.rows import Answer, Conversation, Joined, Pair, Sample, preferred
 from ray_ft.errors import ModelError
 
 if TYPE_CHECKING:
@@ -35,12 +35,14 @@ VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "tekken.json", "vocab
 class Tokens:
     """One sample. `ids` int32 [n]; `trained` bool [n], True where the token is a target of the loss.
 
-    `whole` is False where these are the first tokens alone of a text that is far too long.
+    `whole` is False where these are the first tokens alone of a text that is far too long. Of a pair these are two
+    documents, prompt and chosen answer, then prompt and rejected answer, which begins at `rejected_at`.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     whole: bool = True
+    rejected_at: int | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,6 +67,7 @@ class Renderer:
 
     def prompt_text(self, sample: Sample) -> str:
         """What the model is given when it is to answer the sample: exactly the text before the trained answer."""
+        sample = preferred(sample)
         if isinstance(sample, Joined):
             return (self.tokenizer.bos_token or "") + sample.prompt
         return self._render(sample.prompt, answer_next=True)
@@ -82,7 +85,12 @@ class Renderer:
         return sorted(found)
 
     def encode(self, samples: Sequence[Sample]) -> list[Tokens | Reject]:
-        """Tokenize many samples at once; a Reject where the template refuses one."""
+        """Tokenize many samples at once; a Reject where the template refuses one, or makes two answers alike."""
+        documents = [one for sample in samples for one in _documents(sample)]
+        found = iter(self._encode_documents(documents))
+        return [paired(next(found), next(found)) if isinstance(one, Pair) else next(found) for one in samples]
+
+    def _encode_documents(self, samples: Sequence[Answer]) -> list[Tokens | Reject]:
         texts: list[str] = []
         spans: list[list[tuple[int, int]]] = []  # characters of each text that are answers
         results: list[Tokens | Reject | None] = []
@@ -109,7 +117,7 @@ class Renderer:
                 start, size = at + 1, 0
 
     def _encode(
-        self, part: slice, texts: list[str], spans: list[list[tuple[int, int]]], samples: list[Sample]
+        self, part: slice, texts: list[str], spans: list[list[tuple[int, int]]], samples: list[Answer]
     ) -> Iterator[Tokens]:
         tokenizer = self.tokenizer.backend_tokenizer
         begun = [text[: self.characters] for text in texts[part]]
@@ -122,13 +130,13 @@ class Renderer:
             tokens = self._tokens(encoding, answers, sample)
             yield tokens if end >= len(text) else Tokens(tokens.ids, tokens.trained, whole=False)
 
-    def _with_spans(self, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
+    def _with_spans(self, sample: Answer) -> tuple[str, list[tuple[int, int]]]:
         if isinstance(sample, Joined):
             return sample.prompt + sample.answer, [(len(sample.prompt), len(sample.prompt) + len(sample.answer))]
         text = self._render(sample.turns)
         spans = []
         for at, turn in enumerate(sample.turns):
-            if turn["role"] != "assistant":
+            if turn["role"] != "assistant" or at < sample.first:
                 continue
             start = len(before := self._render(sample.turns[:at], answer_next=True))
             through = text if at == len(sample.turns) - 1 else self._render(sample.turns[: at + 1])
@@ -138,7 +146,7 @@ class Renderer:
             spans.append((start, len(through.rstrip())))
         return text, spans
 
-    def _tokens(self, encoding: Any, spans: list[tuple[int, int]], sample: Sample) -> Tokens:
+    def _tokens(self, encoding: Any, spans: list[tuple[int, int]], sample: Answer) -> Tokens:
         ids = np.asarray(encoding.ids, dtype=np.int32)
         starts, ends = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
         trained = np.zeros(len(ids), dtype=bool)
@@ -163,6 +171,23 @@ class Renderer:
             raise TemplateRefusal(str(error)) from error
         assert isinstance(rendered, str)
         return rendered
+
+
+def _documents(sample: Sample) -> tuple[Answer, ...]:
+    return (sample.chosen, sample.rejected) if isinstance(sample, Pair) else (sample,)
+
+
+def paired(chosen: Tokens | Reject, rejected: Tokens | Reject) -> Tokens | Reject:
+    """Both documents of a pair as one sample."""
+    if isinstance(chosen, Reject):
+        return chosen
+    if isinstance(rejected, Reject):
+        return rejected
+    whole = chosen.whole and rejected.whole
+    if whole and np.array_equal(chosen.ids, rejected.ids):  # such as answers that differ in white space alone
+        return Reject("chosen and rejected are the same", "once they are rendered")
+    ids, trained = (np.concatenate((a, b)) for a, b in ((chosen.ids, rejected.ids), (chosen.trained, rejected.trained)))
+    return Tokens(ids, trained, whole, len(chosen))
 
 
 class TemplateRefusal(Exception):

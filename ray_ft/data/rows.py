@@ -14,6 +14,7 @@ from typing import Any
 from ray_ft.data.lines import Reject
 from ray_ft.recipe import (
     MessagesSource,
+    PreferenceSource,
     PromptCompletionSource,
     Source,
     TemplateSource,
@@ -32,9 +33,11 @@ _repr.maxlevel = 3
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns for the chat template; every assistant turn is trained. Each turn is {"role", "content"}."""
+    """Turns for the chat template; every assistant turn from number `first` on is trained. Each turn is {"role",
+    "content"}."""
 
     turns: tuple[dict[str, str], ...]
+    first: int = 0
 
     @property
     def prompt(self) -> tuple[dict[str, str], ...]:
@@ -54,7 +57,23 @@ class Joined:
     answer: str
 
 
-Sample = Conversation | Joined
+Answer = Conversation | Joined
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt: the one that is preferred, and the other."""
+
+    chosen: Answer
+    rejected: Answer
+
+
+Sample = Conversation | Joined | Pair
+
+
+def preferred(sample: Sample) -> Answer:
+    """What is to be answered: of a pair the preferred one."""
+    return sample.chosen if isinstance(sample, Pair) else sample
 
 
 class _Unusable(Exception):
@@ -82,6 +101,10 @@ def to_sample(source: Source, row: dict[str, Any], special: re.Pattern[str] | No
 
 def _check_special(source: Source, sample: Sample, special: re.Pattern[str]) -> None:
     # Of the texts as they are joined: the token may come about where two of them meet.
+    if isinstance(sample, Pair):
+        _check_special(source, sample.chosen, special)
+        _check_special(source, sample.rejected, special)
+        return
     if isinstance(sample, Conversation):
         texts = [turn["content"] for turn in sample.turns]
     else:
@@ -112,6 +135,9 @@ def columns_used(source: Source) -> set[str]:
             return {source.field}
         case PromptCompletionSource():
             return {source.prompt_field, source.completion_field}
+        case PreferenceSource():
+            prompt = set() if source.prompt_field is None else {source.prompt_field}
+            return prompt | {source.chosen_field, source.rejected_field}
         case TemplateSource():
             return template_fields(source.prompt) | template_fields(source.completion)
         case TranslationSource():
@@ -162,9 +188,23 @@ def _asked(prompt: str, answer: str, chat: bool) -> Sample:
 
 
 def _messages(source: MessagesSource, row: dict[str, Any]) -> Sample:
-    messages = row.get(source.field)
+    return Conversation(_whole(_turns(row, source.field)))
+
+
+def _whole(turns: tuple[dict[str, str], ...]) -> tuple[dict[str, str], ...]:
+    """A conversation's turns, if it begins with somebody who asks and ends with an answer."""
+    if turns[0]["role"] == "assistant":
+        raise _Unusable("the first message is the assistant's", "nothing stands before it that it could answer")
+    if turns[-1]["role"] != "assistant":
+        raise _Unusable("the last message is not the assistant's", f"it is the {turns[-1]['role']}'s")
+    return turns
+
+
+def _turns(row: dict[str, Any], field: str) -> tuple[dict[str, str], ...]:
+    """The messages in a column, each checked by itself."""
+    messages = row.get(field)
     if not isinstance(messages, list) or not messages:
-        raise _Unusable(f"field {source.field!r} is not a list of messages", _repr.repr(messages))
+        raise _Unusable(f"field {field!r} is not a list of messages", _repr.repr(messages))
     turns = []
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
@@ -179,11 +219,7 @@ def _messages(source: MessagesSource, row: dict[str, Any]) -> Sample:
         if message["role"] == "assistant" and message.get("weight") not in (None, 1):
             raise _Unusable("message with a weight", f"message {number}; every assistant turn is trained alike")
         turns.append({"role": message["role"], "content": _content(message)})
-    if turns[0]["role"] == "assistant":
-        raise _Unusable("the first message is the assistant's", "nothing stands before it that it could answer")
-    if turns[-1]["role"] != "assistant":
-        raise _Unusable("the last message is not the assistant's", f"it is the {turns[-1]['role']}'s")
-    return Conversation(tuple(turns))
+    return tuple(turns)
 
 
 def _content(message: dict[str, Any]) -> str:
@@ -223,10 +259,65 @@ def _plain(source: TextSource, row: dict[str, Any]) -> Sample:
     return Joined("", _text(row, source.field))
 
 
+def _preference(source: PreferenceSource, row: dict[str, Any]) -> Sample:
+    fields = (source.chosen_field, source.rejected_field)
+    if not source.chat:
+        assert source.prompt_field is not None
+        prompt = _text(row, source.prompt_field, empty_ok=True)
+        pair: Pair = Pair(*(Joined(prompt, _text(row, field)) for field in fields))
+    else:
+        asked = () if source.prompt_field is None else _prompt(row, source.prompt_field)
+        answers = [_answer(row, field, asked) for field in fields]
+        # Where both go on with what the prompt column lacks (or there is none), that is asked too.
+        same = 0
+        while same < min(map(len, answers)) and answers[0][same] == answers[1][same]:
+            same += 1
+        if any(len(turns) == same for turns in answers):
+            equal = len(answers[0]) == len(answers[1])
+            raise _Unusable("chosen and rejected are the same" if equal else "one answer is the beginning of the other")
+        if other := [turns[same] for turns in answers if turns[same]["role"] != "assistant"]:
+            raise _Unusable("the prompts of chosen and rejected differ", f"in a message of the {other[0]['role']}")
+        pair = Pair(*(Conversation(_whole(turns), same) for turns in answers))
+    if pair.chosen == pair.rejected:
+        raise _Unusable("chosen and rejected are the same")
+    return pair
+
+
+def _prompt(row: dict[str, Any], field: str) -> tuple[dict[str, str], ...]:
+    """What is asked, as turns of which the last is to be answered."""
+    if not isinstance(row.get(field), list):
+        return ({"role": "user", "content": _text(row, field)},)
+    turns = _turns(row, field)
+    if turns[-1]["role"] != "user":
+        raise _Unusable("the prompt's last message is not the user's", f"it is the {turns[-1]['role']}'s")
+    return turns
+
+
+def _answer(row: dict[str, Any], field: str, asked: tuple[dict[str, str], ...]) -> tuple[dict[str, str], ...]:
+    """The whole conversation that an answer makes with its prompt."""
+    if not isinstance(row.get(field), list):
+        if not asked:
+            raise _Unusable(
+                f"field {field!r} is not a list of messages", "without a prompt's column it holds the prompt, too"
+            )
+        return (*asked, {"role": "assistant", "content": _text(row, field)})
+    turns = _turns(row, field)
+    if not asked or turns[0]["role"] == "assistant":
+        return (*asked, *turns)
+    # Whole conversations beside a prompt: a string is then their last question, perhaps after a system message.
+    begins = turns[: len(asked)] == asked
+    if not begins and len(asked) == 1 and turns[0]["role"] == "system":
+        begins = turns[1:2] == asked
+    if not begins:
+        raise _Unusable(f"field {field!r} holds another prompt", _repr.repr(turns[0]["content"]))
+    return turns
+
+
 _READERS: dict[type[Source], Callable[[Any, dict[str, Any]], Sample]] = {
     MessagesSource: _messages,
     PromptCompletionSource: _prompt_completion,
     TemplateSource: _template,
     TranslationSource: _translation,
     TextSource: _plain,
+    PreferenceSource: _preference,
 }

@@ -10,6 +10,7 @@ from ray_ft.recipe.data import (
     AnySource,
     Data,
     MessagesSource,
+    PreferenceSource,
     PromptCompletionSource,
     Source,
     Task,
@@ -23,7 +24,7 @@ from ray_ft.recipe.model import Adapter, Model
 from ray_ft.recipe.recipe import Recipe
 from ray_ft.recipe.run import Run
 from ray_ft.recipe.serve import During, Evaluate, Gateway, Serve
-from ray_ft.recipe.train import FSDP, Checkpoint, Failures, Optimizer, Schedule, Train, Zero
+from ray_ft.recipe.train import FSDP, Checkpoint, Failures, Optimizer, Preference, Schedule, Train, Zero
 from ray_ft.recipe.tune import ASHA, PBT, Budget, Dimension, Median, Tune
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "MessagesSource",
     "Model",
     "Optimizer",
+    "Preference",
+    "PreferenceSource",
     "PromptCompletionSource",
     "Recipe",
     "Run",

@@ -14,7 +14,7 @@ from ray_ft import paths
 from ray_ft.data import pack, sources
 from ray_ft.data.order import Order
 from ray_ft.data.render import Renderer, load_tokenizer
-from ray_ft.data.rows import Conversation, Joined, Sample, columns_used, to_sample
+from ray_ft.data.rows import Conversation, Joined, Pair, Sample, columns_used, preferred, to_sample
 from ray_ft.errors import DataError, ExportError, StorageError
 from ray_ft.export.case import Case
 from ray_ft.export.gate import check
@@ -90,6 +90,7 @@ def _text(renderer: Renderer, sample: Sample) -> str:
     """With the prompt as it is asked for an answer: the two differ in what begins the assistant's turn."""
     import jinja2
 
+    sample = preferred(sample)
     if isinstance(sample, Joined):
         return renderer.prompt_text(sample) + sample.answer
     render = renderer.tokenizer.apply_chat_template
@@ -125,7 +126,7 @@ def _raw(trained: Trained) -> Iterator[Sample]:
             for row in sources.read_rows(chunk, columns_used(source))
         )
         made = (to_sample(source, row.content, special) for row in rows if isinstance(row.content, dict))
-        yield from itertools.islice((one for one in made if isinstance(one, Conversation | Joined)), ROWS)
+        yield from itertools.islice((one for one in made if isinstance(one, Conversation | Joined | Pair)), ROWS)
 
 
 def _packed(trained: Trained) -> Iterator[Sample]:
