@@ -2,10 +2,9 @@
 
 `write_demo` writes a folder that is a small copy of the real situation: training rows in several files and formats,
 held-out rows, pairs of a right and a wrong answer, and a Hugging Face folder with a Gemma 3 and its tokenizer, drawn
-from a seed. The task is real, since no
-held-out number is in the training rows, yet two cores learn it in about a minute. Limits: the base's weights are
-random, so it answers nothing before training; its tokenizer saw nothing but this task (other text falls into bytes);
-the words are num2words' own, which inflects less than people do ("veintiuno mil").
+from a seed. The task is real, since no held-out number is in the training rows, yet two cores learn it in about a
+minute. Limits: the base's weights are random, so it answers nothing before training; its tokenizer saw nothing but this
+task (other text falls into bytes); the words are num2words' own, which inflects less than people do ("veintiuno mil").
 """
 
 from __future__ import annotations

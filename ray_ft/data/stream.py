@@ -54,6 +54,8 @@ def spread_over_actors(
 ) -> Iterator[Any]:
     """The same by Ray Data actors, each with a copy of the function, which may keep what is costly to make.
 
+    An actor that is lost is an error: Ray would start it again, but say for each actor that it may fail to.
+
     Args:
         gpus: of each actor.
     """
@@ -72,6 +74,7 @@ def spread_over_actors(
         compute=ActorPoolStrategy(size=size),
         num_cpus=1,
         num_gpus=gpus,
+        max_restarts=0,
     )
 
 

@@ -28,6 +28,10 @@ class Chart:
 
 #: Column of metrics.jsonl → title, unit, what it means.
 CURVES: tuple[tuple[str, str, str, str], ...] = (
+    ("reward_accuracy", "Reward accuracy", "%", "share of pairs whose chosen answer has the higher reward"),
+    ("eval_reward_accuracy", "Held-out reward accuracy", "%", "the same of held-out pairs"),
+    ("reward_margin", "Reward margin", "", "of the chosen answer over the rejected one"),
+    ("eval_reward_margin", "Held-out reward margin", "", "the same of held-out pairs"),
     ("lr", "Learning rate", "", ""),
     ("grad_norm", "Gradient norm", "", "before clipping"),
     ("tokens_per_second", "Throughput", "tokens/s", "over all workers, without evaluation and saving"),
@@ -62,9 +66,10 @@ def training(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
     if any(row.get("eval_loss") is not None for row in shown):
         lines.append(_line(shown, "eval_loss", "held-out", SECOND, markers=True))
     if lines[0]["x"]:
-        figure = _figure(lines, "nats per target token")
+        of = "pair" if any("reward_margin" in row for row in shown) else "target token"
+        figure = _figure(lines, f"per {of}" if of == "pair" else f"nats per {of}")
         figure["layout"]["showlegend"] = len(lines) > 1
-        charts.append(Chart("Loss", figure, "mean over the target tokens of a step", wide=True))
+        charts.append(Chart("Loss", figure, f"mean over the {of}s of a step", wide=True))
     for key, title, unit, note in CURVES:
         line = _line(shown, key, title, FIRST, markers=key == "checkpoint_seconds")
         if not line["x"]:
@@ -72,7 +77,7 @@ def training(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
         figure = _figure([line], "" if unit == "%" else unit)
         if unit == "%":
             figure["layout"]["yaxis"] |= {"tickformat": ".3~%", "rangemode": "tozero"}
-        elif key not in ("lr", "grad_norm"):
+        elif key not in ("lr", "grad_norm", "reward_margin", "eval_reward_margin"):
             figure["layout"]["yaxis"]["rangemode"] = "tozero"
         if key == "lr":
             figure["layout"]["yaxis"] |= {"exponentformat": "power", "rangemode": "tozero"}

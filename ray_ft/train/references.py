@@ -1,8 +1,9 @@
 """The base model's log-probabilities of the answers in preference rows, computed once, before training.
 
 Ray Data spreads the rows over actors that each hold the base, one on each GPU (one in all on CPU), unit by unit; what
-an interrupted command has finished is not computed again. Limits: the whole base is on one device, in the precision of
-the run. A base too large for that is tuned with an adapter, which is switched off in place of this.
+an interrupted command has finished is not computed again. Limits: an actor that is lost ends the command, and the same
+command goes on; the whole base is on one device, in the precision of the run. A base too large for that is tuned with
+an adapter, which is switched off in place of this.
 """
 
 from __future__ import annotations

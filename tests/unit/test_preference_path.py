@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,11 +21,16 @@ from ray_ft.data import references as stored
 from ray_ft.data.order import Order
 from ray_ft.data.pack import pairs
 from ray_ft.data.prepare import prepare
+from ray_ft.data.rows import Pair
 from ray_ft.data.stream import in_process
 from ray_ft.demo import DemoPaths
+from ray_ft.evaluate.losses import Judged, _Judge
+from ray_ft.export.checks.text import real_samples
+from ray_ft.inspect import show
 from ray_ft.recipe import Recipe
-from ray_ft.train import launch, references
+from ray_ft.train import launch, objective, references
 from ray_ft.train.metrics import read_metrics
+from ray_ft.trained import Trained
 from ray_ft.view import View
 
 
@@ -103,9 +109,10 @@ def test_an_interrupted_pass_over_the_base_goes_on(
         written.append(unit)
         write(location, unit, said)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(stored, "write", failing)
-        references.with_references(plain, recipe, gpus=None)
+        with pytest.raises(KeyboardInterrupt):
+            references.with_references(plain, recipe, gpus=None)
     rest: list[Any] = []
     monkeypatch.setattr(stored, "write", lambda location, unit, said: (rest.append(unit), write(location, unit, said)))
     prepared = references.with_references(plain, recipe, gpus=None)
@@ -139,6 +146,31 @@ def test_a_resumed_run_is_the_one_that_was_not_interrupted(
     assert ("switching the adapter off" in text) == lora
     assert ("computed once and kept beside the rows" in text) != lora
     assert "reward accuracy" in text
+    _judged_alike(whole, wanted[-1], lora)
+
+
+def _judged_alike(recipe: Recipe, last: dict[str, float], lora: bool) -> None:
+    """Evaluating the run afterwards gives what the last evaluation of its training said; the base has no rewards."""
+    trained = Trained.of(recipe.run.dir.root)
+    rows = trained.prepared("eval")
+    assert rows is not None
+    known = rows if lora else references.with_references(rows, recipe, gpus=None)
+    judge = _Judge([Judged(trained, known), Judged(recipe.model.location, rows, "itself")], recipe, cuda=False)
+    order = Order.once(rows)
+    for number in range(2):
+        sums = objective.Sums(objective.PAIRS, (), torch.device("cpu"))
+        for part in order.slices(0, order.rows):
+            sums.values += judge.judge(number, part)[1]
+        means = sums.read(sums.values.tolist())
+        assert means.targets == 20
+        if number:
+            assert (means.loss, means.statistics["reward_margin"]) == (pytest.approx(math.log(2)), 0.0)
+            assert means.statistics["reward_accuracy"] == 0.5
+        else:
+            found = {"eval_loss": means.loss, **dict(means.more("eval"))}
+            assert found == pytest.approx({name: last[name] for name in found}, rel=1e-4, abs=1e-5)
+    origin, samples = real_samples(trained)  # what the gate compares templates on
+    assert origin == "data.train" and all(isinstance(sample, Pair) for sample in samples)
 
 
 def _after(recipe: Recipe, steps: int) -> Callable[[], Any]:
@@ -176,3 +208,14 @@ def test_rows_that_are_no_pairs_are_rejected_at_their_line(demo: DemoPaths, tmp_
     assert [(reject["line"], reject["reason"]) for reject in rejects] == wanted
     assert prepared.counts.rejected == Counter(why for _, why in wanted)
     assert prepared.counts.used == 1
+
+
+def test_both_answers_of_a_pair_are_shown(demo: DemoPaths, tmp_path: Path) -> None:
+    recipe = recipe_for(demo, tmp_path)
+    out = io.StringIO()
+    show(recipe, {"train": prepare(recipe, "train", demo.base, in_process)}, Console(file=out, width=400), examples=2)
+    lines = [line.strip() for line in out.getvalue().splitlines() if "⟦" in line]
+    assert [line.split(":")[0] for line in lines] == ["chosen", "rejected"] * 2
+    for chosen, rejected in zip(lines[::2], lines[1::2], strict=True):
+        asked, one = chosen.removeprefix("chosen: ").split("⟦")
+        assert rejected.startswith(f"rejected: {asked}⟦") and not rejected.endswith(f"⟦{one}")
