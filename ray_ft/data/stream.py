@@ -74,7 +74,7 @@ def spread_over_actors(
         compute=ActorPoolStrategy(size=size),
         num_cpus=1,
         num_gpus=gpus,
-        max_restarts=0,
+        ray_remote_args_fn=lambda: {"max_restarts": 0, "max_task_retries": 0},
     )
 
 
