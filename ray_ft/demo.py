@@ -2,10 +2,10 @@
 number words of several languages, to be told apart.
 
 `write_demo` writes a folder that is a small copy of the real situation: training rows in several files and formats,
-held-out rows, and a Hugging Face folder with a Gemma 3 and its tokenizer, drawn from a seed. The task is real, since no
-held-out number is in the training rows, yet two cores learn it in about a minute. Limits: the base's weights are
-random, so it answers nothing before training; its tokenizer saw nothing but this task (other text falls into bytes);
-the words are num2words' own, which inflects less than people do ("veintiuno mil").
+held-out rows, pairs of a right and a wrong answer, and a Hugging Face folder with a Gemma 3 and its tokenizer, drawn
+from a seed. The task is real, since no held-out number is in the training rows, yet two cores learn it in about a
+minute. Limits: the base's weights are random, so it answers nothing before training; its tokenizer saw nothing but this
+task (other text falls into bytes); the words are num2words' own, which inflects less than people do ("veintiuno mil").
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ MARKER = "demo.json"
 FORMAT = 2  # of the folder's content; raised whenever the same settings would give something else
 LARGEST, SMALL, SMALL_SHARE = 99_999, 1_000, 0.15  # share of numbers below 1,000, which people type first
 HELDOUT = 150  # numbers, each asked in every language
+PAIRS = 2_000  # training rows that preferences are made of as well
 HEADS, HEAD_DIM = 4, 32  # 32 is the smallest head that vLLM's CPU attention takes
 #: Languages of the rows with labels, and how many of a hundred are in each: German, new to the tokenizer, is rare.
 LABELS = {"en": 40, "fr": 25, "es": 25, "de": 10}
@@ -81,6 +82,7 @@ class DemoPaths:
         base: Hugging Face folder of the untrained model and its tokenizer.
         train: files of training rows: JSONL, gzipped JSONL, Parquet.
         heldout: Parquet file of held-out rows.
+        preferences: folder with pairs of answers to some of the same questions, in train.jsonl and heldout.jsonl.
         reused: all of it was there already, from the same settings.
     """
 
@@ -94,6 +96,11 @@ class DemoPaths:
     def labelled(self) -> tuple[str, str]:
         """Files of rows with labels: to train on, and held out."""
         return paths.join(self.folder, "labels", "train.jsonl"), paths.join(self.folder, "labels", "heldout.jsonl")
+
+    @property
+    def preferences(self) -> str:
+        """Folder of pairs, as train.jsonl and heldout.jsonl."""
+        return paths.join(self.folder, "preferences")
 
 
 def write_demo(
@@ -136,13 +143,12 @@ def write_demo(
     _write_rows(demo.heldout, heldout)
     for file, chosen in zip(demo.labelled, _labelled(seed), strict=True):
         _write_rows(file, chosen)
+    pairs = {"train.jsonl": train[:PAIRS], "heldout.jsonl": heldout}
+    for name, some in pairs.items():
+        _write_rows(paths.join(demo.preferences, name), [_preference(row, seed) for row in some])
     _write_base(demo.base, train, seed, hidden_size, layers)
-    written = [
-        *files,
-        demo.heldout,
-        *demo.labelled,
-        *(paths.join(demo.base, name) for name in paths.list_dir(demo.base)),
-    ]
+    made = [paths.join(folder, name) for folder in (demo.preferences, demo.base) for name in paths.list_dir(folder)]
+    written = [*files, demo.heldout, *demo.labelled, *made]
     paths.write_json(marker, {"key": key, "settings": settings, "files": [os.path.relpath(n, root) for n in written]})
     return demo
 
@@ -192,6 +198,25 @@ def _labelled(seed: int) -> tuple[list[Row], list[Row]]:
         for number, code in zip(numbers, rng.choices(names, k=len(numbers)), strict=True)
     ]
     return rows[:LABELLED], rows[LABELLED:]
+
+
+def _preference(row: Row, seed: int) -> Row:
+    """The right translation beside a wrong one: of a number that differs in one digit, or into the other language."""
+    from num2words import num2words
+
+    number, code = row["id"].split("-")
+    rng = random.Random(f"{seed} {row['id']}")
+    if rng.random() < 0.5:
+        at = rng.randrange(len(number))
+        others = [digit for digit in "123456789" if digit != number[at]]  # no zero: it may not lead
+        wrong, language = number[:at] + rng.choice(others) + number[at + 1 :], code
+    else:
+        wrong, language = number, next(other for other in LANGUAGES if other != code)
+    return {
+        "prompt": PROMPT.format(target_lang=LANGUAGES[code], tgt_lang_code=code, text=row["source_text"]),
+        "chosen": row["target_text"],
+        "rejected": num2words(int(wrong), lang=language),
+    }
 
 
 def _write_rows(file: str, rows: Sequence[Row]) -> None:

@@ -80,17 +80,20 @@ def _histogram(prepared: Prepared, seq_len: int) -> Text:
 
 
 def _examples(order: Order, tokenizer: object, count: int, labels: list[str], coloured: bool) -> Iterator[Text]:
-    """The first document of each of the first rows that training will take."""
+    """The first document of each of the first rows that training will take; of pairs both, the rejected one second."""
     for part in order.slices(0, min(count, order.rows)):
         rows = part.read(order.prepared)
         for ids, flags in zip(rows.input_ids, rows.flags, strict=True):
-            starts = np.flatnonzero(flags & pack.START)
-            end = starts[1] if len(starts) > 1 else len(ids)
-            yield _decoded(ids[:end], (flags[:end] & pack.TRAINED) > 0, tokenizer, labels, coloured)
+            starts = [*np.flatnonzero(flags & pack.START).tolist(), len(ids)]
+            paired = bool(pack.pairs(flags[None])[0])
+            for at, name in enumerate(("chosen: ", "rejected: ") if paired else ("",)):
+                document = slice(starts[at], starts[at + 1])
+                trained = (flags[document] & pack.TRAINED) > 0
+                yield Text.assemble("  ", name, _decoded(ids[document], trained, tokenizer, labels, coloured))
 
 
 def _decoded(ids: np.ndarray, trained: np.ndarray, tokenizer: object, labels: list[str], coloured: bool) -> Text:
-    text = Text("  ")
+    text = Text()
     edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
     for start, stop in itertools.pairwise(edges):
         numbers = ids[start:stop].tolist()

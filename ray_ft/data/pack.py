@@ -2,7 +2,8 @@
 
 Samples are placed longest first, each into the fullest row that still takes it (best-fit decreasing). Johnson (1974)
 proves at most 11/9 of the optimal number of rows; in practice it is within 1%. Rows have exactly `seq_len` tokens.
-Nothing is split. One byte of flags per token holds what attention and loss need to know.
+Nothing is split; the two documents of a pair are one sample, and lie next to each other. One byte of flags per token
+holds what attention and loss need to know.
 """
 
 from __future__ import annotations
@@ -17,31 +18,56 @@ from ray_ft.data.render import Tokens
 REAL = 1  # a token of a sample; padding otherwise
 START = 2  # first token of a sample: positions restart, attention does not reach back
 TRAINED = 4  # target of the loss
+REJECTED = 8  # of a pair's second document, the answer that was not preferred
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Fixed rows: `input_ids` int32 [rows, seq_len]; `flags` uint8 [rows, seq_len] of REAL | START | TRAINED."""
+    """Fixed rows: `input_ids` int32 [rows, seq_len]; `flags` uint8 [rows, seq_len] of REAL, START, TRAINED, REJECTED.
+
+    `reference`, where pairs have it, float32 [rows, documents]: of each document in the row, in their order, the sum of
+    the reference model's log-probabilities of its targets; 0 behind the last one.
+    """
 
     input_ids: np.ndarray
     flags: np.ndarray
+    reference: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def take(self, index: np.ndarray | slice) -> Rows:
-        return Rows(self.input_ids[index], self.flags[index])
+        reference = None if self.reference is None else self.reference[index]
+        return Rows(self.input_ids[index], self.flags[index], reference)
+
+    def put(self, target: np.ndarray | slice, rows: Rows, index: np.ndarray | slice = slice(None)) -> None:
+        """Write rows `index` of others over those at `target`."""
+        self.input_ids[target], self.flags[target] = rows.input_ids[index], rows.flags[index]
+        if self.reference is not None:
+            assert rows.reference is not None
+            self.reference[target] = rows.reference[index]
 
     @staticmethod
     def concatenate(parts: Sequence[Rows]) -> Rows:
-        return Rows(np.concatenate([p.input_ids for p in parts]), np.concatenate([p.flags for p in parts]))
+        references = [part.reference for part in parts if part.reference is not None]
+        assert len(references) in (0, len(parts))
+        return Rows(
+            np.concatenate([p.input_ids for p in parts]),
+            np.concatenate([p.flags for p in parts]),
+            np.concatenate(references) if references else None,
+        )
 
     @staticmethod
-    def blank(count: int, seq_len: int) -> Rows:
-        """Rows of nothing but padding: they fill the last batch and add nothing to the loss."""
+    def blank(count: int, seq_len: int, documents: int | None = None) -> Rows:
+        """Rows of nothing but padding: they fill the last batch and add nothing to the loss.
+
+        Args:
+            documents: width of `reference`; None: without.
+        """
         flags = np.zeros((count, seq_len), np.uint8)
         flags[:, :1] = START
-        return Rows(np.zeros((count, seq_len), np.int32), flags)
+        reference = None if documents is None else np.zeros((count, documents), np.float32)
+        return Rows(np.zeros((count, seq_len), np.int32), flags, reference)
 
 
 def plan(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
@@ -86,10 +112,18 @@ def pack(samples: Sequence[Tokens], seq_len: int, *, packing: bool, pad_id: int)
             input_ids[row, at:end] = sample.ids
             flags[row, at:end] = REAL | (sample.trained * TRAINED).astype(np.uint8)
             flags[row, at] |= START
+            if sample.rejected_at is not None:
+                flags[row, at + sample.rejected_at] |= START
+                flags[row, at + sample.rejected_at : end] |= REJECTED
             at = end
         if at < seq_len:
             flags[row, at] = START  # padding is a document of its own, which no sample sees and which sees none
     return Rows(input_ids, flags), assignment
+
+
+def pairs(flags: np.ndarray) -> np.ndarray:
+    """How many pairs lie in each row: int64 [rows] from uint8 flags [rows, seq_len]."""
+    return np.count_nonzero((flags & (START | REJECTED)) == (START | REJECTED), axis=1)
 
 
 def position_ids(flags: np.ndarray) -> np.ndarray:

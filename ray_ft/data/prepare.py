@@ -268,14 +268,15 @@ class _Work:
         yield from encoded()
 
     def _fit(self, tokens: Tokens) -> tuple[Tokens | Reject, bool]:
-        """The sample if it fits, cut or rejected as the recipe says; and whether it was cut."""
+        """The sample if it fits, cut or rejected as the recipe says; and whether it was cut. A pair is never cut."""
         cut = len(tokens) > self.seq_len
         if cut and self.long_rows == "drop":
             more = "" if tokens.whole else "more than "
             return Reject(TOO_LONG, f"{more}{len(tokens)} tokens, data.seq_len is {self.seq_len}"), False
         if cut:
             tokens = tokens.cut(self.seq_len)
-        if not tokens.trained.any():
+        documents = np.split(tokens.trained, [tokens.rejected_at] if tokens.rejected_at else [])
+        if not all(document.any() for document in documents):
             detail = f"the answer begins after token {self.seq_len}" if cut else "no token of it is a target"
             return Reject("nothing to train on", detail), False
         return tokens, cut

@@ -8,10 +8,12 @@ which gives the same rows bit by bit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal, Protocol
+
+import numpy as np
 
 from ray_ft import paths
 from ray_ft.data import shard
@@ -39,6 +41,16 @@ class Unit:
     @property
     def shard(self) -> str:
         return shard_name(self.chunk)
+
+
+class References(Protocol):
+    """What a reference model says of pairs; `documents`: of how many in a row, at most."""
+
+    @property
+    def documents(self) -> int: ...
+
+    def read(self, unit: Unit) -> np.ndarray:
+        """float32 [rows, documents]: see `Rows.reference`."""
 
 
 def shard_name(chunk: int) -> str:
@@ -72,6 +84,7 @@ class Prepared:
     """Packed rows of one split.
 
     `origins` are those of the chunks, by number. `render` makes rows where no tokens are stored; None: they are.
+    `references` are read along with pairs; None: rows have none.
     """
 
     location: str
@@ -81,6 +94,7 @@ class Prepared:
     origins: tuple[Origin, ...]
     reused: bool = False
     render: Render | None = None
+    references: References | None = None
 
     @property
     def rows(self) -> int:
@@ -109,6 +123,13 @@ class Prepared:
         Raises:
             DataError: a file changed since it was prepared, where its rows have to be made again.
         """
+        for unit, loaded in zip(units, self._segments(units, tokens=tokens, samples=samples), strict=True):
+            if loaded.rows is None or self.references is None:
+                yield loaded
+            else:
+                yield replace(loaded, rows=replace(loaded.rows, reference=self.references.read(unit)))
+
+    def _segments(self, units: Sequence[Unit], *, tokens: bool, samples: bool) -> Iterator[Loaded]:
         for number, group in groupby(units, key=lambda unit: unit.chunk):
             wanted = list(group)
             if self.render is not None:
@@ -121,14 +142,18 @@ class Prepared:
             for rows, lines in shard.read(location, groups, self.seq_len, tokens=tokens, lines=samples):
                 yield Loaded(rows, None if lines is None else self._names(number, lines))
 
+    def blank(self, count: int) -> Rows:
+        """Rows of padding as these are otherwise."""
+        return Rows.blank(count, self.seq_len, self.references.documents if self.references else None)
+
     def read(self, units: Sequence[Unit]) -> Rows:
         """The rows of some units, one after the other, in memory."""
         size = sum(unit.rows for unit in units)
-        joined, at = Rows.blank(size, self.seq_len), 0
+        joined, at = self.blank(size), 0
         for loaded in self.segments(units, tokens=True, samples=False):
             assert loaded.rows is not None
             stop = at + len(loaded.rows)
-            joined.input_ids[at:stop], joined.flags[at:stop] = loaded.rows.input_ids, loaded.rows.flags
+            joined.put(slice(at, stop), loaded.rows)
             at = stop
         return joined
 

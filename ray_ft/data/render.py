@@ -24,7 +24,7 @@ import numpy as np
 
 from ray_ft import paths
 from ray_ft.data.lines import Reject
-from ray_ft.data.rows import Asked, Conversation, Joined, Labelled, Sample
+from ray_ft.data.rows import Asked, Conversation, Joined, Labelled, Pair, Sample, preferred
 from ray_ft.errors import ModelError
 
 if TYPE_CHECKING:
@@ -40,13 +40,15 @@ class Tokens:
     """One sample. `ids` int32 [n]; `trained` bool [n], True where the token is a target of the loss.
 
     `whole` is False where these are the first tokens alone of a text that is far too long. The last `kept` tokens stay
-    where it is cut: a label, and what a tokenizer puts behind every text.
+    where it is cut: a label, and what a tokenizer puts behind every text. Of a pair these are two documents, prompt and
+    chosen answer, then prompt and rejected answer, which begins at `rejected_at`.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     whole: bool = True
     kept: int = 0
+    rejected_at: int | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -77,6 +79,7 @@ class Renderer:
 
     def prompt_text(self, sample: Asked) -> str:
         """What the model is given when it is to answer the sample: exactly the text before the trained answer."""
+        sample = preferred(sample)
         if isinstance(sample, Joined):
             return (self.tokenizer.bos_token or "") + sample.prompt
         return self._render(sample.prompt, answer_next=True)
@@ -94,7 +97,15 @@ class Renderer:
         return sorted(found)
 
     def encode(self, samples: Sequence[Sample]) -> list[Tokens | Reject]:
-        """Tokenize many samples at once, all with a label or none; a Reject where the template refuses one."""
+        """Tokenize many samples at once, all with a label or none.
+
+        A Reject where the template refuses one, or makes two answers alike.
+        """
+        documents = [one for sample in samples for one in _documents(sample)]
+        found = iter(self._encode_documents(documents))
+        return [paired(next(found), next(found)) if isinstance(one, Pair) else next(found) for one in samples]
+
+    def _encode_documents(self, samples: Sequence[Asked | Labelled]) -> list[Tokens | Reject]:
         texts: list[str] = []
         spans: list[list[tuple[int, int]]] = []  # characters of each text that are answers
         results: list[Tokens | Reject | None] = []
@@ -121,7 +132,7 @@ class Renderer:
                 start, size = at + 1, 0
 
     def _encode(
-        self, part: slice, texts: list[str], spans: list[list[tuple[int, int]]], samples: list[Sample]
+        self, part: slice, texts: list[str], spans: list[list[tuple[int, int]]], samples: list[Asked | Labelled]
     ) -> Iterator[Tokens | Reject]:
         tokenizer = self.tokenizer.backend_tokenizer
         begun = [text[: self.characters] for text in texts[part]]
@@ -139,7 +150,7 @@ class Renderer:
                 tokens = self._tokens(encoding, answers, sample)
                 yield tokens if whole else replace(tokens, whole=False)
 
-    def _with_spans(self, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
+    def _with_spans(self, sample: Asked | Labelled) -> tuple[str, list[tuple[int, int]]]:
         if isinstance(sample, Labelled):
             return sample.text, []
         if isinstance(sample, Joined):
@@ -147,7 +158,7 @@ class Renderer:
         text = self._render(sample.turns)
         spans = []
         for at, turn in enumerate(sample.turns):
-            if turn["role"] != "assistant":
+            if turn["role"] != "assistant" or at < sample.first:
                 continue
             start = len(before := self._render(sample.turns[:at], answer_next=True))
             through = text if at == len(sample.turns) - 1 else self._render(sample.turns[: at + 1])
@@ -190,6 +201,23 @@ class Renderer:
             raise TemplateRefusal(str(error)) from error
         assert isinstance(rendered, str)
         return rendered
+
+
+def _documents(sample: Sample) -> tuple[Asked | Labelled, ...]:
+    return (sample.chosen, sample.rejected) if isinstance(sample, Pair) else (sample,)
+
+
+def paired(chosen: Tokens | Reject, rejected: Tokens | Reject) -> Tokens | Reject:
+    """Both documents of a pair as one sample."""
+    if isinstance(chosen, Reject):
+        return chosen
+    if isinstance(rejected, Reject):
+        return rejected
+    whole = chosen.whole and rejected.whole
+    if whole and np.array_equal(chosen.ids, rejected.ids):  # such as answers that differ in white space alone
+        return Reject("chosen and rejected are the same", "once they are rendered")
+    ids, trained = (np.concatenate((a, b)) for a, b in ((chosen.ids, rejected.ids), (chosen.trained, rejected.trained)))
+    return Tokens(ids, trained, whole, rejected_at=len(chosen))
 
 
 class TemplateRefusal(Exception):

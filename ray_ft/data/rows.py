@@ -15,6 +15,7 @@ from ray_ft.data.lines import Reject
 from ray_ft.recipe import (
     LabelsSource,
     MessagesSource,
+    PreferenceSource,
     PromptCompletionSource,
     Source,
     TemplateSource,
@@ -34,9 +35,11 @@ _repr.maxlevel = 3
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns for the chat template; every assistant turn is trained. Each turn is {"role", "content"}."""
+    """Turns for the chat template; every assistant turn from number `first` on is trained. Each turn is {"role",
+    "content"}."""
 
     turns: tuple[dict[str, str], ...]
+    first: int = 0
 
     @property
     def prompt(self) -> tuple[dict[str, str], ...]:
@@ -65,7 +68,22 @@ class Labelled:
 
 
 Asked = Conversation | Joined  # what a model can be asked
-Sample = Asked | Labelled
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt: the one that is preferred, and the other."""
+
+    chosen: Asked
+    rejected: Asked
+
+
+Sample = Asked | Labelled | Pair
+
+
+def preferred(sample: Asked | Pair) -> Asked:
+    """What is to be answered: of a pair the preferred one."""
+    return sample.chosen if isinstance(sample, Pair) else sample
 
 
 class _Unusable(Exception):
@@ -99,6 +117,10 @@ def to_sample(
 
 def _check_special(source: Source, sample: Sample, special: re.Pattern[str]) -> None:
     # Of the texts as they are joined: the token may come about where two of them meet.
+    if isinstance(sample, Pair):
+        _check_special(source, sample.chosen, special)
+        _check_special(source, sample.rejected, special)
+        return
     if isinstance(sample, Conversation):
         texts = [turn["content"] for turn in sample.turns]
     elif isinstance(sample, Labelled):
@@ -133,6 +155,9 @@ def columns_used(source: Source) -> set[str]:
             return {source.field, source.label_field}
         case PromptCompletionSource():
             return {source.prompt_field, source.completion_field}
+        case PreferenceSource():
+            prompt = set() if source.prompt_field is None else {source.prompt_field}
+            return prompt | {source.chosen_field, source.rejected_field}
         case TemplateSource():
             return template_fields(source.prompt) | template_fields(source.completion)
         case TranslationSource():
@@ -202,9 +227,23 @@ def _asked(prompt: str, answer: str, chat: bool) -> Asked:
 
 
 def _messages(source: MessagesSource, row: dict[str, Any]) -> Asked:
-    messages = row.get(source.field)
+    return Conversation(_whole(_turns(row, source.field)))
+
+
+def _whole(turns: tuple[dict[str, str], ...]) -> tuple[dict[str, str], ...]:
+    """A conversation's turns, if it begins with somebody who asks and ends with an answer."""
+    if turns[0]["role"] == "assistant":
+        raise _Unusable("the first message is the assistant's", "nothing stands before it that it could answer")
+    if turns[-1]["role"] != "assistant":
+        raise _Unusable("the last message is not the assistant's", f"it is the {turns[-1]['role']}'s")
+    return turns
+
+
+def _turns(row: dict[str, Any], field: str) -> tuple[dict[str, str], ...]:
+    """The messages in a column, each checked by itself."""
+    messages = row.get(field)
     if not isinstance(messages, list) or not messages:
-        raise _Unusable(f"field {source.field!r} is not a list of messages", _repr.repr(messages))
+        raise _Unusable(f"field {field!r} is not a list of messages", _repr.repr(messages))
     turns = []
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
@@ -219,11 +258,7 @@ def _messages(source: MessagesSource, row: dict[str, Any]) -> Asked:
         if message["role"] == "assistant" and message.get("weight") not in (None, 1):
             raise _Unusable("message with a weight", f"message {number}; every assistant turn is trained alike")
         turns.append({"role": message["role"], "content": _content(message)})
-    if turns[0]["role"] == "assistant":
-        raise _Unusable("the first message is the assistant's", "nothing stands before it that it could answer")
-    if turns[-1]["role"] != "assistant":
-        raise _Unusable("the last message is not the assistant's", f"it is the {turns[-1]['role']}'s")
-    return Conversation(tuple(turns))
+    return tuple(turns)
 
 
 def _content(message: dict[str, Any]) -> str:
@@ -263,10 +298,65 @@ def _plain(source: TextSource, row: dict[str, Any]) -> Asked:
     return Joined("", _text(row, source.field))
 
 
-_READERS: dict[type[Source], Callable[[Any, dict[str, Any]], Asked]] = {
+def _preference(source: PreferenceSource, row: dict[str, Any]) -> Pair:
+    fields = (source.chosen_field, source.rejected_field)
+    if not source.chat:
+        assert source.prompt_field is not None
+        prompt = _text(row, source.prompt_field, empty_ok=True)
+        pair: Pair = Pair(*(Joined(prompt, _text(row, field)) for field in fields))
+    else:
+        asked = () if source.prompt_field is None else _prompt(row, source.prompt_field)
+        answers = [_answer(row, field, asked) for field in fields]
+        # Where both go on with what the prompt column lacks (or there is none), that is asked too.
+        same = 0
+        while same < min(map(len, answers)) and answers[0][same] == answers[1][same]:
+            same += 1
+        if any(len(turns) == same for turns in answers):
+            equal = len(answers[0]) == len(answers[1])
+            raise _Unusable("chosen and rejected are the same" if equal else "one answer is the beginning of the other")
+        if other := [turns[same] for turns in answers if turns[same]["role"] != "assistant"]:
+            raise _Unusable("the prompts of chosen and rejected differ", f"in a message of the {other[0]['role']}")
+        pair = Pair(*(Conversation(_whole(turns), same) for turns in answers))
+    if pair.chosen == pair.rejected:
+        raise _Unusable("chosen and rejected are the same")
+    return pair
+
+
+def _prompt(row: dict[str, Any], field: str) -> tuple[dict[str, str], ...]:
+    """What is asked, as turns of which the last is to be answered."""
+    if not isinstance(row.get(field), list):
+        return ({"role": "user", "content": _text(row, field)},)
+    turns = _turns(row, field)
+    if turns[-1]["role"] != "user":
+        raise _Unusable("the prompt's last message is not the user's", f"it is the {turns[-1]['role']}'s")
+    return turns
+
+
+def _answer(row: dict[str, Any], field: str, asked: tuple[dict[str, str], ...]) -> tuple[dict[str, str], ...]:
+    """The whole conversation that an answer makes with its prompt."""
+    if not isinstance(row.get(field), list):
+        if not asked:
+            raise _Unusable(
+                f"field {field!r} is not a list of messages", "without a prompt's column it holds the prompt, too"
+            )
+        return (*asked, {"role": "assistant", "content": _text(row, field)})
+    turns = _turns(row, field)
+    if not asked or turns[0]["role"] == "assistant":
+        return (*asked, *turns)
+    # Whole conversations beside a prompt: a string is then their last question, perhaps after a system message.
+    begins = turns[: len(asked)] == asked
+    if not begins and len(asked) == 1 and turns[0]["role"] == "system":
+        begins = turns[1:2] == asked
+    if not begins:
+        raise _Unusable(f"field {field!r} holds another prompt", _repr.repr(turns[0]["content"]))
+    return turns
+
+
+_READERS: dict[type[Source], Callable[[Any, dict[str, Any]], Asked | Pair]] = {
     MessagesSource: _messages,
     PromptCompletionSource: _prompt_completion,
     TemplateSource: _template,
     TranslationSource: _translation,
     TextSource: _plain,
+    PreferenceSource: _preference,
 }

@@ -46,23 +46,69 @@ def in_process(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterable
 
 def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     """Apply a function to every item by Ray Data tasks, anywhere in the cluster; results come in the items' order."""
+    return _mapped(lambda row: _applied(function, row), items, reading_cpus(cluster()), num_cpus=1)
+
+
+def spread_over_actors(
+    function: Callable[[Any], Any], items: Sequence[Any], *, actors: int, gpus: int
+) -> Iterator[Any]:
+    """The same by Ray Data actors, each with a copy of the function, which may keep what is costly to make.
+
+    An actor that is lost is an error: Ray would start it again, but say for each actor that it may fail to.
+
+    Args:
+        gpus: of each actor.
+    """
+    import pickle
+
+    from ray.data import ActorPoolStrategy
+
+    if not items:
+        return iter(())
+    size = min(actors, len(items))
+    return _mapped(
+        _Actor,
+        items,
+        None,
+        fn_constructor_args=(pickle.dumps(function),),
+        compute=ActorPoolStrategy(size=size),
+        num_cpus=1,
+        num_gpus=gpus,
+        ray_remote_args_fn=lambda: {"max_restarts": 0, "max_task_retries": 0},
+    )
+
+
+class _Actor:
+    def __init__(self, function: bytes) -> None:
+        import pickle
+
+        self._function = pickle.loads(function)  # noqa: S301 - written above
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return _applied(self._function, row)
+
+
+def _applied(function: Callable[[Any], Any], row: dict[str, Any]) -> dict[str, Any]:
+    import pickle
+
+    try:
+        result = function(pickle.loads(row["item"]))  # noqa: S301 - written by `_mapped`
+    except RayFtError as error:  # Ray Data would wrap it beyond recognition
+        result = error
+    return {"result": pickle.dumps(result)}
+
+
+def _mapped(run: Any, items: Sequence[Any], cpus: float | None, **options: Any) -> Iterator[Any]:
     import pickle
 
     import ray.data
 
-    def run(row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            result = function(pickle.loads(row["item"]))  # noqa: S301 - written below
-        except RayFtError as error:  # Ray Data would wrap it beyond recognition
-            result = error
-        return {"result": pickle.dumps(result)}
-
     # Opaque bytes both ways: Arrow would otherwise guess a schema for nested results, task by task.
     rows = [{"item": pickle.dumps(item)} for item in items]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(run, num_cpus=1)
-    dataset.context.execution_options = in_order(reading_cpus(cluster()))
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(run, **options)
+    dataset.context.execution_options = in_order(cpus)
     for row in dataset.iter_rows():
-        result = pickle.loads(row["result"])  # noqa: S301 - written by `run`, in this cluster
+        result = pickle.loads(row["result"])  # noqa: S301 - written by `_applied`, in this cluster
         if isinstance(result, RayFtError):
             raise result
         yield result
@@ -84,7 +130,7 @@ def training_dataset(order: Order, start: int, stop: int) -> ray.data.Dataset:
     """Positions [start, stop) of the order as a Ray Dataset, in blocks of whatever size they were read in.
 
     Columns: ``position`` int64, ``input_ids`` int32 [seq_len], ``flags`` uint8 [seq_len] and, where the order keeps a
-    ledger, ``samples``: a list of file:line.
+    ledger, ``samples``: a list of file:line; of pairs with a reference ``reference`` float32 [documents].
     """
     import pickle
 
@@ -101,6 +147,8 @@ def training_dataset(order: Order, start: int, stop: int) -> ray.data.Dataset:
                 "input_ids": rows.input_ids,
                 "flags": rows.flags,
             }
+            if rows.reference is not None:
+                columns["reference"] = rows.reference
             if ledger:
                 columns["samples"] = _lists(samples)
             yield columns
@@ -141,7 +189,7 @@ def batches(
                 ],
             )
         samples = tuple(tuple(row) for row in columns["samples"]) if order.ledger else None
-        yield Batch(expected, Rows(columns["input_ids"], columns["flags"]), samples)
+        yield Batch(expected, Rows(columns["input_ids"], columns["flags"], columns.get("reference")), samples)
         expected += rows * world
 
 
@@ -166,7 +214,7 @@ def local_batches(order: Order, start: int, stop: int, rank: int, world: int, ro
 
     Every worker reads all slices and keeps its rows, which is right for small data only.
     """
-    held, names = Rows.blank(0, order.prepared.seq_len), list[tuple[str, ...]]()
+    held, names = order.prepared.blank(0), list[tuple[str, ...]]()
     first, block = start, 0
     for part in order.slices(start, stop):
         read, named = part.read_named(order.prepared) if order.ledger else (part.read(order.prepared), [])

@@ -27,7 +27,8 @@ from ray_ft.evaluate.questions import source_name
 from ray_ft.evaluate.scores import Accuracy, MacroF1, label_report
 from ray_ft.model.classify import LabelLoss
 from ray_ft.recipe import Recipe
-from ray_ft.train.loop import micro_batches, tensors
+from ray_ft.train.loop import micro_batches
+from ray_ft.train.objective import tensors
 
 WORST = 10  # mistakes that a report lists
 SAMPLES = 20

@@ -8,21 +8,23 @@ precision, also where the run was trained over its 4-bit form.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from ray_ft import paths, placement
+from ray_ft import paths
 from ray_ft.answers import explained
 from ray_ft.data.order import Order
 from ray_ft.data.prepared import Prepared
-from ray_ft.errors import DataError, ModelError
-from ray_ft.model import attention, classify, load
+from ray_ft.errors import DataError
+from ray_ft.model.preference import PreferenceLoss, Reference
+from ray_ft.model.whole import whole
 from ray_ft.recipe import Recipe
-from ray_ft.train import objective
-from ray_ft.train.loop import micro_batches, tensors
+from ray_ft.train import objective, references
+from ray_ft.train.loop import micro_batches
 from ray_ft.trained import Trained
 
 if TYPE_CHECKING:
@@ -31,15 +33,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loss:
-    """Mean over `tokens` target tokens, in nats; `rows` are packed ones."""
+    """Mean over `targets`, in nats; `rows` are packed ones.
+
+    Attributes:
+        unit: what the targets are, such as "tokens".
+        statistics: what else is a mean over them, by name.
+    """
 
     loss: float
-    tokens: int
+    targets: int
     rows: int
+    unit: str = "tokens"
+    statistics: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))  # e^709 is the largest float
+    def perplexity(self) -> float | None:
+        """Of tokens alone."""
+        return math.exp(min(self.loss, 700.0)) if self.unit == "tokens" else None  # e^709 is the largest float
 
 
 @dataclass(frozen=True)
@@ -48,10 +58,12 @@ class Judged:
 
     Attributes:
         weights: a run, as of one checkpoint; or the folder, URI or hub id of a model.
+        reference: of pairs, what the model is compared with; None: what its training compares it with.
     """
 
     weights: Trained | str
     rows: Prepared
+    reference: Reference | None = None
 
 
 def losses(
@@ -69,15 +81,20 @@ def losses(
     orders = [Order.once(one.rows) for one in judged]
     # The models one after the other, so that every actor loads each at most once.
     work = [(number, part) for number, order in enumerate(orders) for part in order.slices(0, order.rows)]
-    sums = [(0.0, 0)] * len(judged)
-    for done, (number, total, tokens) in enumerate(spread(_Judge, (judged, recipe), recipe, work), start=1):
-        sums[number] = (sums[number][0] + total, sums[number][1] + tokens)
+    task = objective.of(recipe)
+    sums = [objective.Sums(task, (), torch.device("cpu")) for _ in judged]
+    for done, (number, values) in enumerate(spread(_Judge, (judged, recipe), recipe, work), start=1):
+        sums[number].values += values
         on_progress(done, len(work))
-    if any(not tokens for _, tokens in sums):
+    means = [one.read(one.values.tolist()) for one in sums]
+    if any(not found.targets for found in means):
         raise DataError(
             "the held-out rows hold no token to judge", ["look at what was rejected: ray-ft data RECIPE", "more rows"]
         )
-    return [Loss(total / tokens, tokens, one.rows.rows) for (total, tokens), one in zip(sums, judged, strict=True)]
+    return [
+        Loss(found.loss, found.targets, one.rows.rows, task.unit, found.statistics)
+        for found, one in zip(means, judged, strict=True)
+    ]
 
 
 def spread(kind: type[Any], made: tuple[Any, ...], recipe: Recipe, work: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
@@ -92,8 +109,7 @@ def spread(kind: type[Any], made: tuple[Any, ...], recipe: Recipe, work: Sequenc
 
     if not work:
         return
-    # No more than the run itself had: the cluster may be others' too.
-    gpus = min(placement.gpus_within_reach(), recipe.train.world_size) if recipe.train.device != "cpu" else 0
+    gpus = references.gpus_for(recipe)  # no more than the run itself had: the cluster may be others' too
     judge = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(kind)
     actors = [judge.remote(*made, gpus > 0) for _ in range(min(max(gpus, 1), len(work)))]
     try:
@@ -113,21 +129,27 @@ class _Judge:
         self._held: int | None = None
         self._model: Any = None
 
-    def judge(self, number: int, part: Any) -> tuple[int, float, int]:
+    def judge(self, number: int, part: Any) -> tuple[int, torch.Tensor]:
         if self._held != number:  # not when the actor is made: Ray reports an error there without its class
             self._model = None  # there may be no room for two
-            whole = whole_model(self._judged[number].weights, self._recipe, self._device)
-            self._model = objective.of(self._recipe).module(whole, self._recipe, None)
+            model = whole_model(self._judged[number].weights, self._recipe, self._device)
+            self._model = self._module(model, self._judged[number].reference)
             self._held = number
-        return number, *self._sum(part, self._judged[number].rows)
+        return number, self._sum(part, self._judged[number].rows)
+
+    def _module(self, model: PreTrainedModel, reference: Reference | None) -> nn.Module:
+        if reference is None:
+            return objective.of(self._recipe).module(model, self._recipe, None)
+        settings = self._recipe.train
+        return PreferenceLoss(model, settings.loss_chunk, settings.preference, reference)
 
     @torch.no_grad()
-    def _sum(self, part: Any, prepared: Prepared) -> tuple[float, int]:
-        rows = part.read(prepared)
-        total = 0.0
-        for micro in micro_batches(rows, self._recipe.train.micro_batch):
-            total += float(self._model(*tensors(micro, self._device))[:, 0].sum())
-        return total, int(objective.of(self._recipe).targets(rows.flags).sum())
+    def _sum(self, part: Any, prepared: Prepared) -> torch.Tensor:
+        task = objective.of(self._recipe)
+        sums = objective.Sums(task, (), self._device)
+        for micro in micro_batches(part.read(prepared), self._recipe.train.micro_batch):
+            sums.add(self._model(*task.inputs(micro, self._device)), micro.flags, None)
+        return sums.values.cpu()
 
 
 def whole_model(weights: Trained | str, recipe: Recipe, device: torch.device) -> PreTrainedModel:
@@ -140,14 +162,4 @@ def whole_model(weights: Trained | str, recipe: Recipe, device: torch.device) ->
     dtype = torch.bfloat16 if lowered else torch.float32
     if isinstance(weights, Trained):  # its base, too, may lie elsewhere on this node
         return replace(weights, base=weights.recipe.model.folder()).model(device, dtype)
-    folder = paths.model_folder(weights)
-    config = load.load_config(folder, recipe.model.labels)
-    model = load.build(config, attention.choose("auto", device.type, config, dtype).implementation, dtype)
-    if classify.new_names(model, load.weight_files(folder)):
-        raise ModelError(
-            f"{weights!r} is no classifier: it has no {classify.HEAD}",
-            ["name a run that was trained with these labels, or its export"],
-        )
-    load.allocate(model, device)
-    load.fill(model, folder, load.whole_spans(model))
-    return model.eval()
+    return whole(paths.model_folder(weights), device, dtype, recipe.model.labels)

@@ -11,15 +11,16 @@ from ray_ft import paths
 from ray_ft.answers.target import Prompt
 from ray_ft.data import sources
 from ray_ft.data.files import public_name
+from ray_ft.data.lines import Reject
 from ray_ft.data.render import load_tokenizer, special_tokens
-from ray_ft.data.rows import Asked, Conversation, Joined, columns_used, to_sample
+from ray_ft.data.rows import Asked, Conversation, Joined, Labelled, columns_used, preferred, to_sample
 from ray_ft.errors import DataError
 from ray_ft.recipe import Recipe, Source, TranslationSource
 
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out row to be answered: where it is from, the sample, and the answer that it holds.
+    """A held-out row to be answered: where it is from, the sample, and the answer that it holds (of two the preferred).
 
     Attributes:
         origin: ``file:line``.
@@ -99,7 +100,8 @@ def _questions(recipe: Recipe) -> Iterable[Question]:
                 line = 0
                 for row in sources.read_rows(chunk, columns_used(source)):
                     line = row.line
-                    sample = to_sample(source, row.content, special) if isinstance(row.content, dict) else None
+                    made = to_sample(source, row.content, special) if isinstance(row.content, dict) else None
+                    sample = None if made is None or isinstance(made, Reject | Labelled) else preferred(made)
                     if isinstance(sample, Conversation) or (isinstance(sample, Joined) and sample.prompt):
                         assert isinstance(row.content, dict)
                         languages = _languages(source, row.content)

@@ -16,6 +16,7 @@ from ray_ft.evaluate.labels import tables
 from ray_ft.evaluate.losses import Loss
 from ray_ft.evaluate.questions import Question, groups
 from ray_ft.evaluate.scores import SHARES, Scored, Scorer, label_report, sentence_chrf
+from ray_ft.model.preference import STATISTICS
 from ray_ft.recipe import Recipe
 from ray_ft.view import View
 
@@ -27,6 +28,11 @@ LABEL_SCORES = ("accuracy", "macro_f1")  # the same of a classifier
 TITLES = {
     "loss": "loss",
     "perplexity": "perplexity",
+    "reward_accuracy": "reward accuracy",
+    "reward_margin": "reward margin",
+    "chosen_reward": "reward of chosen",
+    "rejected_reward": "reward of rejected",
+    "logprob_accuracy": "accuracy by probability",
     "exact_match": "exact match",
     "chrf": "chrF",
     "bleu": "BLEU",
@@ -115,7 +121,8 @@ def _of(system: System, scorer: Scorer, scored: Scored) -> dict[str, Any]:
             "loss": loss.loss,
             "perplexity": loss.perplexity,
             "packed_rows": loss.rows,
-            "target_tokens": loss.tokens,
+            f"target_{loss.unit}": loss.targets,
+            "statistics": dict(loss.statistics),
         }
     failed = [answer.error for answer in system.answers if answer.error]
     return {
@@ -248,7 +255,7 @@ def _groups(title: str, groups: dict[str, Any], names: tuple[str, ...]) -> Table
 
 def _values(system: dict[str, Any]) -> dict[str, float]:
     losses = {name: system[name] for name in ("loss", "perplexity") if system[name] is not None}
-    return {**losses, **system["scores"]}
+    return {**losses, **system.get("statistics", {}), **system["scores"]}
 
 
 def _arrow(name: str, group: dict[str, Any]) -> str:
@@ -259,7 +266,9 @@ def _arrow(name: str, group: dict[str, Any]) -> str:
 def form(name: str, value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.4f}" if name == "loss" else f"{value:.3f}" if name in (*SHARES, "perplexity") else f"{value:.1f}"
+    if name == "loss":
+        return f"{value:.4f}"
+    return f"{value:.3f}" if name in (*SHARES, *STATISTICS, "perplexity") else f"{value:.1f}"
 
 
 def _interval(name: str, difference: dict[str, float] | None) -> str:

@@ -23,6 +23,7 @@ from ray_ft.evaluate.questions import Question, held_out_questions, no_held_out
 from ray_ft.evaluate.remote import endpoint_loss
 from ray_ft.evaluate.report import System
 from ray_ft.recipe import Recipe
+from ray_ft.train import objective, references
 from ray_ft.trained import Trained
 from ray_ft.view import View
 
@@ -174,17 +175,43 @@ class _Work:
         """Of each target; or why there is none."""
         found: dict[int, Loss | str] = {}
         judged: dict[int, Judged] = {}
+        one: Judged | Loss | str
         for number, target in enumerate(self.targets):
             rows = self._rows(target)
-            if target.kind == "endpoint":
-                found[number] = endpoint_loss(target, rows, self.recipe.evaluate.batch_size, progress)
+            weights = target.location if number else self.trained or target.location
+            if self.recipe.data.task == "preference":
+                one = self._on_pairs(target, weights, rows, progress)
+            elif target.kind == "endpoint":
+                one = endpoint_loss(target, rows, self.recipe.evaluate.batch_size, progress)
             else:
-                judged[number] = Judged(self.trained or target.location, rows)
-                if number:
-                    judged[number] = Judged(target.location, rows)
+                one = Judged(weights, rows)
+            if isinstance(one, Judged):
+                judged[number] = one
+            else:
+                found[number] = one
         if judged:
             found |= dict(zip(judged, losses(list(judged.values()), self.recipe, progress), strict=True))
         return [found[number] for number in range(len(self.targets))]
+
+    def _on_pairs(
+        self, target: Target, weights: Trained | str, rows: Prepared, progress: Callable[[int, int], None]
+    ) -> Judged | str:
+        """How a model is judged on pairs: by how much more than the base it prefers the chosen answers."""
+        if target.kind == "endpoint":
+            return "rewards compare answers' probabilities with the base's, and those of an endpoint are not asked for"
+        if isinstance(weights, Trained) and objective.reference_of(self.recipe) == "adapter off":
+            return Judged(weights, rows)
+        if not isinstance(weights, Trained):
+            if _same(target, self._base):
+                return Judged(weights, rows, "itself")
+            if rows.location != self._rows(self._base).location:
+                return "its tokenizer or chat template is not the base's, so their probabilities cannot be compared"
+        gpus = references.gpus_for(self.recipe)
+        return Judged(weights, references.with_references(rows, self.recipe, gpus=gpus, on_progress=progress), "rows")
+
+    @property
+    def _base(self) -> Target:
+        return Target("folder", self.recipe.model.location)
 
     def _rows(self, target: Target) -> Prepared:
         """The held-out rows as the target's tokenizer cuts them; an endpoint's is taken to be the recipe's model's."""

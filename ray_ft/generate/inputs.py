@@ -19,10 +19,11 @@ from ray_ft.answers import Prompt
 from ray_ft.data.files import File, find_files
 from ray_ft.data.lines import Reject, parse_line, read_lines
 from ray_ft.data.parquet import parquet_columns, read_groups, row_group_bytes
-from ray_ft.data.rows import Conversation, Labelled, columns_used, to_sample
+from ray_ft.data.rows import Conversation, Labelled, columns_used, preferred, to_sample
 from ray_ft.errors import DataError
 from ray_ft.recipe import (
     MessagesSource,
+    PreferenceSource,
     PromptCompletionSource,
     Source,
     TemplateSource,
@@ -39,6 +40,7 @@ _SOURCES: dict[str, type[Source]] = {
     "prompt_completion": PromptCompletionSource,
     "translation": TranslationSource,
     "template": TemplateSource,
+    "preference": PreferenceSource,
 }
 FORMATS = (*_SOURCES, "prompt")
 
@@ -109,6 +111,8 @@ class Format:
                 return template_fields(self.source.prompt)
             case TranslationSource():
                 return columns_used(self.source) - {self.source.target_field}
+            case PreferenceSource():
+                return {self.source.prompt_field or self.source.chosen_field}
         return columns_used(self.source)
 
     def prompt(self, row: dict[str, Any], special: re.Pattern[str] | None) -> Prompt | Reject:
@@ -121,10 +125,11 @@ class Format:
         sample = to_sample(self.source, self._completed(row), None if self.name == "prompt" else special)
         if isinstance(sample, Reject):
             return sample
-        if isinstance(sample, Conversation):
-            return Prompt(messages=[dict(turn) for turn in sample.prompt])
         assert not isinstance(sample, Labelled), "no format here has labels"
-        return Prompt(text=sample.prompt)
+        asked = preferred(sample)
+        if isinstance(asked, Conversation):
+            return Prompt(messages=[dict(turn) for turn in asked.prompt])
+        return Prompt(text=asked.prompt)
 
     def _completed(self, row: dict[str, Any]) -> dict[str, Any]:
         match self.source:
@@ -132,10 +137,23 @@ class Format:
                 return {**row, self.source.completion_field: UNKNOWN}
             case TranslationSource():
                 return {**row, self.source.target_field: UNKNOWN}
-            case MessagesSource() if isinstance(turns := row.get(self.source.field), list):
-                asked = turns[:-1] if turns and _is_assistants(turns[-1]) else turns
-                return {**row, self.source.field: [*asked, {"role": "assistant", "content": UNKNOWN}]} if turns else row
+            case MessagesSource():
+                return {**row, self.source.field: _answered(row.get(self.source.field), UNKNOWN)}
+            case PreferenceSource(prompt_field=None):
+                turns = row.get(self.source.chosen_field)
+                chosen, rejected = _answered(turns, UNKNOWN), _answered(turns, 2 * UNKNOWN)
+                return {**row, self.source.chosen_field: chosen, self.source.rejected_field: rejected}
+            case PreferenceSource():
+                return {**row, self.source.chosen_field: UNKNOWN, self.source.rejected_field: 2 * UNKNOWN}
         return row
+
+
+def _answered(turns: Any, answer: str) -> Any:
+    """A list of messages with another last answer; anything else as it is."""
+    if not isinstance(turns, list) or not turns:
+        return turns
+    asked = turns[:-1] if _is_assistants(turns[-1]) else turns
+    return [*asked, {"role": "assistant", "content": answer}]
 
 
 def _is_assistants(message: Any) -> bool:

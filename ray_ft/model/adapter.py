@@ -7,12 +7,13 @@ layers only; experts of mixtures that are stacked in one tensor are none.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import hashlib
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -173,6 +174,22 @@ def inject(model: PreTrainedModel, settings: Adapter, names: list[str]) -> None:
             f"{', '.join(sorted(found ^ set(names))[:3])}",
             ["name attention layers in model.adapter.target_modules, such as *q_proj and *v_proj"],
         )
+
+
+@contextlib.contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """The model computes what its base does. Nothing else changes: parameters are gathered and trained as before."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    # Not peft's `enable_adapters`: it also turns gradients off and on, which strategies that own parameters must see.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 # -------------------------------------------------------------------------------------------------- initial values

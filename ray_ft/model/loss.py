@@ -60,6 +60,21 @@ class LossModel(nn.Module):
             float32 [rows, 1]: of each row. It depends on every trained parameter also where no token is a target, so
             that no worker leaves a collective operation out.
         """
+        losses, at, nothing = self.target_losses(input_ids, position_ids, labels)
+        total = nothing.new_zeros(len(input_ids)) + nothing
+        if len(losses):
+            total = total.index_add(0, at[:, 0], losses)
+        return torch.stack([total], dim=1)  # no view: FSDP's hooks want an output of its own
+
+    def target_losses(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(losses, at, nothing) of n target tokens; arguments as of `forward`.
+
+        Returns:
+            The negative log-likelihood of each, float32 [n]; its row and the position before it, int64 [n, 2]; and a
+            zero, float32 [], on which the result has to depend: where there is no target it ties it to the model.
+        """
         # The language model itself: text passes by a vision-language model's towers, and its masks stay those of text.
         hidden = self.model.get_decoder()(
             input_ids=input_ids, use_cache=False, **documents(self.model, position_ids)
@@ -72,12 +87,10 @@ class LossModel(nn.Module):
                        use_reentrant=False)
             for start in range(0, max(len(words), 1), self.chunk)
         ]  # fmt: skip
-        total = hidden.new_zeros(len(input_ids), dtype=torch.float32)
+        nothing = hidden.new_zeros((), dtype=torch.float32)
         if not len(words):
-            total = total + hidden.sum().float() * 0.0 + losses[0].sum()
-        else:
-            total = total.index_add(0, wanted.nonzero()[:, 0], torch.cat(losses))
-        return torch.stack([total], dim=1)  # no view: FSDP's hooks want an output of its own
+            nothing = nothing + hidden.sum().float() * 0.0 + losses[0].sum()
+        return torch.cat(losses), wanted.nonzero(), nothing
 
     def _chunk_loss(self, states: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         logits = self.model.get_output_embeddings()(states).float()

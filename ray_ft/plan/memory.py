@@ -19,6 +19,7 @@ from ray_ft.plan.fleet import GIB, Constants, Fleet
 from ray_ft.plan.shapes import ROOT, Parameter, Shapes
 from ray_ft.plan.trace import Numbers, Trace, Tracer
 from ray_ft.recipe import Recipe, Train
+from ray_ft.train import objective
 
 Parts = dict[str, float]
 
@@ -42,6 +43,7 @@ PARTS = (
     NCCL,
     SLACK,
 )
+BEFORE = "asking the base before training"  # a phase of preference tuning of whole weights
 MARGIN = 0.05  # of a GPU that is left free by settings that are recommended
 ZERO_BUCKET = 100_000_000  # elements; what ray_ft.strategy.zero_config sets for buckets and sub-groups
 
@@ -108,6 +110,8 @@ def estimate(
     if fleet is None:
         return Memory(phases, dict(step.host), float("inf"), float("inf"))
     assert constants is not None
+    if recipe.data.task == "preference" and objective.reference_of(recipe) == "rows":
+        phases[BEFORE] = dict(step.base_alone())
     for parts in phases.values():
         parts[CONTEXT] = (constants.context_gib + constants.workspace_gib) * GIB
         parts[NCCL] = constants.nccl_gib * GIB if train.world_size > 1 else 0.0
@@ -227,6 +231,13 @@ class _Step:
         return self._gradients(self.trained) if self.accumulates or constant else 0.0
 
     # -------------------------------------------------------------------------------------------------------- phases
+
+    def base_alone(self) -> Iterator[tuple[str, float]]:
+        """Parts on a GPU that holds the whole base and computes forwards alone, as `ray_ft.train.references` does."""
+        yield WEIGHTS, self.compute * sum(p.numel for p in self.shapes.parameters if not p.adapter)
+        yield ACTIVATIONS, self.trace.before + max(block.forward for block in self.blocks)
+        yield LOGITS, self.loss[0]
+        yield BUFFERS, self.shapes.buffers
 
     def phases(self) -> Iterator[tuple[str, Parts]]:
         """The fullest moment of each phase. Parts on the GPU."""

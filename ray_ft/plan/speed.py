@@ -12,6 +12,7 @@ from ray_ft.plan.cut import FP32, Cut
 from ray_ft.plan.fleet import Constants, Fleet, Prices
 from ray_ft.plan.shapes import ROOT, Shapes
 from ray_ft.recipe import Recipe, Train
+from ray_ft.train import objective
 
 #: Bytes that an update reads and writes per element: gradient, weight twice, moments twice.
 _TOUCHED = {"adamw": 4 + 8 + 16, "adamw_8bit": 4 + 8 + 4, "adafactor": 3 * 4 + 8}
@@ -45,13 +46,14 @@ def estimate(shapes: Shapes, recipe: Recipe, fleet: Fleet, prices: Prices) -> Sp
     world = train.world_size
     scores = attention_flops(shapes, recipe.data.seq_len)
     useful = shapes.text_flops + 3 * scores
-    again = 2 * shapes.text_weights + scores if train.gradient_checkpointing else 0.0
+    passes = train.gradient_checkpointing + asks_twice(recipe)  # forwards, beside the one that learns
+    again = passes * (2 * shapes.text_weights + scores)
     factor = prices.utilisation.get(train.strategy, 1.0)
     if recipe.model.quantize:
         factor *= prices.utilisation.get(recipe.model.quantize, 1.0)
     peak = fleet.gpu.bf16_tflops * 1e12
     compute = tokens / world * (useful + again) / (peak * fleet.gpu.utilisation * factor)
-    sent = _Sent(shapes, train, Cut.of(train, fleet.nodes), fleet, prices.constants)
+    sent = _Sent(shapes, train, Cut.of(train, fleet.nodes), fleet, prices.constants, asks_twice(recipe))
     hidden, exposed = sent.while_computing(), sent.after()
     update = sent.update()
     step = max(compute, hidden) + exposed + update
@@ -63,6 +65,11 @@ def estimate(shapes: Shapes, recipe: Recipe, fleet: Fleet, prices: Prices) -> Sp
         update,
         tokens * shapes.text_flops / step / (peak * world),
     )
+
+
+def asks_twice(recipe: Recipe) -> bool:
+    """Whether every step has a second forward pass, in which preference tuning switches the adapter off."""
+    return recipe.data.task == "preference" and objective.reference_of(recipe) == "adapter off"
 
 
 def attention_flops(shapes: Shapes, seq_len: int) -> float:
@@ -83,6 +90,7 @@ class _Sent:
     cut: Cut
     fleet: Fleet
     constants: Constants
+    twice: bool
 
     def while_computing(self) -> float:
         """What is gathered and summed block by block while other blocks compute."""
@@ -93,7 +101,7 @@ class _Sent:
             return 0.0
         root = cut.unsharded(shapes.group(ROOT)) * shapes.compute
         blocks = sum(cut.unsharded(shapes.group(index)) for index in shapes.text_blocks) * shapes.compute
-        times = 1 if train.fsdp.reshard_after_forward is False else 2  # once for each pass
+        times = 1 if train.fsdp.reshard_after_forward is False else 2 + self.twice  # once for each pass
         seconds = self._ring(root + times * blocks + self._trained() * FP32, cut.shards)
         if train.fsdp.cpu_offload or train.zero.offload_parameters != "none":
             there = 2 * sum(cut.largest(p) * p.itemsize for p in shapes.parameters)

@@ -11,6 +11,7 @@ from ray_ft.recipe.data import (
     Data,
     LabelsSource,
     MessagesSource,
+    PreferenceSource,
     PromptCompletionSource,
     Source,
     Task,
@@ -24,7 +25,7 @@ from ray_ft.recipe.model import Adapter, Model
 from ray_ft.recipe.recipe import Recipe
 from ray_ft.recipe.run import Run
 from ray_ft.recipe.serve import During, Evaluate, Gateway, Serve
-from ray_ft.recipe.train import FSDP, Checkpoint, Failures, Optimizer, Schedule, Train, Zero
+from ray_ft.recipe.train import FSDP, Checkpoint, Failures, Optimizer, Preference, Schedule, Train, Zero
 from ray_ft.recipe.tune import ASHA, PBT, Budget, Dimension, Median, Tune
 
 __all__ = [
@@ -46,6 +47,8 @@ __all__ = [
     "MessagesSource",
     "Model",
     "Optimizer",
+    "Preference",
+    "PreferenceSource",
     "PromptCompletionSource",
     "Recipe",
     "Run",

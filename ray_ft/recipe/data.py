@@ -118,16 +118,49 @@ class LabelsSource(Source):
     """Column with the label: its name, or its number from 0 in the order of model.labels."""
 
 
+class PreferenceSource(Source):
+    """Two answers to one prompt, the first preferred: what preference tuning (train.preference) learns from.
+
+    Prompt and answers are strings or lists of messages. Answers that are whole conversations, with the prompt at their
+    beginning, are taken apart where they begin to differ.
+    """
+
+    format: Literal["preference"]
+    prompt_field: str | None = "prompt"
+    """Column with the prompt; null: none, both answers are whole conversations that begin alike."""
+    chosen_field: str = "chosen"
+    """Column with the preferred answer."""
+    rejected_field: str = "rejected"
+    """Column with the other answer."""
+    chat: bool = True
+    """Wrap strings in the model's chat template; false: prompt and answer are strings, and simply joined."""
+
+    @model_validator(mode="after")
+    def _prompt_or_conversations(self) -> PreferenceSource:
+        if self.prompt_field is None and not self.chat:
+            raise ValueError(
+                "chat: false joins the strings of prompt and answer, and prompt_field: null names no prompt; name its "
+                "column, or set chat: true for answers that are lists of messages"
+            )
+        return self
+
+
 AnySource = Annotated[
-    MessagesSource | PromptCompletionSource | TranslationSource | TextSource | TemplateSource | LabelsSource,
+    MessagesSource
+    | PromptCompletionSource
+    | TranslationSource
+    | TextSource
+    | TemplateSource
+    | LabelsSource
+    | PreferenceSource,
     Field(discriminator="format"),
 ]
 
 
 #: What a model is trained for; a recipe's follows from the formats of its sources.
-Task = Literal["language", "labels"]
+Task = Literal["language", "labels", "preference"]
 
-TASKS: dict[type[Source], Task] = {LabelsSource: "labels"}
+TASKS: dict[type[Source], Task] = {LabelsSource: "labels", PreferenceSource: "preference"}
 """Of the formats that are for another task than language."""
 
 
@@ -186,6 +219,15 @@ class Data(Section):
                         f"{self.train[0].format}, which trains for {self.task}; one run trains for one of them: put "
                         "the source into a recipe of its own"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_are_whole(self) -> Data:
+        if self.task == "preference" and self.long_rows == "truncate":
+            raise ValueError(
+                "long_rows: truncate would compare answers of which one is cut, and format preference compares whole "
+                "ones; set long_rows: drop, and raise seq_len for longer pairs"
+            )
         return self
 
     @field_validator("cache", mode="before")

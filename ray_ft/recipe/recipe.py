@@ -14,7 +14,7 @@ from ray_ft.recipe.model import Model
 from ray_ft.recipe.run import Run
 from ray_ft.recipe.section import Section
 from ray_ft.recipe.serve import Evaluate, Serve
-from ray_ft.recipe.train import Train
+from ray_ft.recipe.train import Preference, Train
 from ray_ft.recipe.tune import Tune
 
 
@@ -34,6 +34,22 @@ class Recipe(Section):
             raise ValueError(
                 f"model.quantize: {self.model.quantize} keeps the whole 4-bit base on each worker, which "
                 f"train.strategy: {self.train.strategy} would cut up; set train.strategy: none, or model.quantize: null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _preference_is_the_task(self) -> Recipe:
+        if self.data.task != "preference":
+            if self.train.preference != Preference():
+                raise ValueError(
+                    f"train.preference is read for sources of format preference, and data.train.0 has format "
+                    f"{self.data.train[0].format}; remove it, or name sources of pairs"
+                )
+        elif self.model.quantize and self.model.unfreeze:
+            raise ValueError(
+                f"model.unfreeze: {self.model.unfreeze} trains parts of the base, so that preference tuning needs the "
+                f"answers of the untrained one, which model.quantize: {self.model.quantize} does not keep; set "
+                "unfreeze: [], or quantize: null"
             )
         return self
 

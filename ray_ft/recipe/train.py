@@ -109,6 +109,26 @@ class Zero(Section):
         return self
 
 
+class Preference(Section):
+    """Settings of preference tuning, which the format of the data's sources (preference) asks for."""
+
+    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """sigmoid: DPO's logistic loss; hinge: SLiC's; ipo: a square, which does not push margins without end."""
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
+    """How closely the model is held to the reference: larger, more closely. For ipo the regularisation τ."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs whose answers are taken to stand the wrong way round (sigmoid only)."""
+
+    @model_validator(mode="after")
+    def _smooths_labels_of_a_likelihood(self) -> Preference:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(
+                f"label_smoothing: {self.label_smoothing} is for loss: sigmoid, and loss is {self.loss}; set "
+                "label_smoothing: 0, or loss: sigmoid"
+            )
+        return self
+
+
 class Train(Section):
     strategy: Literal["fsdp", "zero1", "zero2", "zero3", "none"] = "fsdp"
     """fsdp: parameters, gradients and optimizer sharded over the workers (FSDP2); zero1, zero2, zero3: DeepSpeed, which
@@ -138,6 +158,7 @@ class Train(Section):
     """Recompute each layer in the backward pass instead of keeping its activations."""
     loss_chunk: Annotated[int, Field(ge=1)] = 1024
     """Target tokens whose logits exist at once; the rest of the vocabulary × sequence never materialises."""
+    preference: Preference = Preference()
     class_weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | Literal["balanced"] | None = None
     """Of labels: by how much each counts in the training's loss, 1 where not named; balanced: all labels alike, however
     many rows each has. Only their ratios matter: over the training rows they are made to average 1."""

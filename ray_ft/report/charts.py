@@ -28,6 +28,10 @@ class Chart:
 
 #: Column of metrics.jsonl → title, unit, what it means.
 CURVES: tuple[tuple[str, str, str, str], ...] = (
+    ("reward_accuracy", "Reward accuracy", "%", "share of pairs whose chosen answer has the higher reward"),
+    ("eval_reward_accuracy", "Held-out reward accuracy", "%", "the same of held-out pairs"),
+    ("reward_margin", "Reward margin", "", "of the chosen answer over the rejected one"),
+    ("eval_reward_margin", "Held-out reward margin", "", "the same of held-out pairs"),
     ("lr", "Learning rate", "", ""),
     ("grad_norm", "Gradient norm", "", "before clipping"),
     ("tokens_per_second", "Throughput", "tokens/s", "over all workers, without evaluation and saving"),
@@ -59,8 +63,10 @@ def training(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
     shown = thinned(rows)
     charts = []
     labels = any(row.get("accuracy") is not None for row in shown)
-    unit = "label" if labels else "target token"
-    for key, title, of in (("loss", "Loss", f"nats per {unit}"), ("accuracy", "Accuracy", "share of labels")):
+    pairs = any("reward_margin" in row for row in shown)
+    unit = "label" if labels else "pair" if pairs else "target token"
+    per = f"per {unit}" if pairs else f"nats per {unit}"
+    for key, title, of in (("loss", "Loss", per), ("accuracy", "Accuracy", "share of labels")):
         lines = [_line(shown, key, "training", FIRST)]
         if any(row.get(f"eval_{key}") is not None for row in shown):
             lines.append(_line(shown, f"eval_{key}", "held-out", SECOND, markers=True))
@@ -75,7 +81,7 @@ def training(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
         figure = _figure([line], "" if unit == "%" else unit)
         if unit == "%":
             figure["layout"]["yaxis"] |= {"tickformat": ".3~%", "rangemode": "tozero"}
-        elif key not in ("lr", "grad_norm"):
+        elif key not in ("lr", "grad_norm", "reward_margin", "eval_reward_margin"):
             figure["layout"]["yaxis"]["rangemode"] = "tozero"
         if key == "lr":
             figure["layout"]["yaxis"] |= {"exponentformat": "power", "rangemode": "tozero"}

@@ -9,8 +9,8 @@ from ray_ft.report import charts
 from ray_ft.report.blocks import Answers, Charts, Missing, Section, Table, Text, number
 from ray_ft.report.reading import Record
 
-LOSSES = ("loss", "perplexity")
-SHARES = ("exact_match", "accuracy", "macro_f1")  # 0 to 1; every other score is 0 to 100
+LOSSES = ("loss", "perplexity", "reward_margin", "chosen_reward", "rejected_reward")  # of any size
+SHARES = ("exact_match", "accuracy", "macro_f1", "reward_accuracy", "logprob_accuracy")  # 0 to 1; others are 0 to 100
 MOST_LABELS = 40  # of the confusion that is drawn
 MOST_COUNTS = 100  # labels of the one that is a table
 MOST_ANSWERS = 50  # of each kind
@@ -91,9 +91,10 @@ def _answers(rows: Sequence[Mapping[str, Any]], caption: str = "") -> list[Any]:
 
 
 def numbers(report: Mapping[str, Any]) -> dict[str, float]:
-    """Loss, perplexity and scores of one side of a report, by name."""
+    """Loss, perplexity, statistics and scores of one side of a report, by name."""
     side = report.get("model") or {}
-    flat = {name: side.get(name) for name in LOSSES} | dict(side.get("scores") or {})
+    flat = {name: side.get(name) for name in LOSSES}
+    flat |= dict(side.get("statistics") or {}) | dict(side.get("scores") or {})
     return {name: value for name, value in flat.items() if isinstance(value, int | float)}
 
 
@@ -107,6 +108,7 @@ def title(name: str) -> str:
         "rouge2": "ROUGE-2",
         "rougeL": "ROUGE-L",
         "macro_f1": "macro F1",
+        "logprob_accuracy": "accuracy by probability",
         "f1": "F1",
     }
     return known.get(name) or name.replace("_", " ")

@@ -9,12 +9,23 @@ from ray_ft.report import charts
 from ray_ft.report.blocks import Charts, Missing, Pre, Section, Table, Text, number, share
 from ray_ft.report.reading import Record
 
-SHARES = ("mfu", "data_wait_share", "non_pad_share")
+SHARES = (
+    "mfu",
+    "data_wait_share",
+    "non_pad_share",
+    *(f"{split}{name}_accuracy" for split in ("", "eval_") for name in ("reward", "logprob")),
+)
 TITLES = {
     "loss": "loss",
     "eval_loss": "held-out loss",
     "accuracy": "accuracy",
     "eval_accuracy": "held-out accuracy",
+    "reward_accuracy": "reward accuracy",
+    "eval_reward_accuracy": "held-out reward accuracy",
+    "reward_margin": "reward margin",
+    "eval_reward_margin": "held-out reward margin",
+    "logprob_accuracy": "accuracy by probability",
+    "eval_logprob_accuracy": "held-out accuracy by probability",
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens/s",

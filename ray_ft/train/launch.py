@@ -20,7 +20,7 @@ from ray_ft.errors import DataError, ResourceError, first_line
 from ray_ft.placement.nodes import is_connected
 from ray_ft.recipe import Recipe
 from ray_ft.strategy import Layout
-from ray_ft.train import cluster, worker
+from ray_ft.train import cluster, objective, references, worker
 from ray_ft.train.board import Message
 from ray_ft.train.keeper import METRICS
 from ray_ft.train.loop import Ask
@@ -138,7 +138,21 @@ def prepare_job(recipe: Recipe, view: View, spread: Any) -> worker.Job:
         )
     for line in job.order.passes_lines(total_steps(recipe, job.order) * recipe.train.global_batch):
         view.line(line)
-    return job
+    return refer(job, view, spread is stream.in_process) if recipe.data.task == "preference" else job
+
+
+def refer(job: worker.Job, view: View, in_process: bool) -> worker.Job:
+    """A job on pairs with the reference that they are judged by, and a line that says which."""
+    if objective.reference_of(job.recipe) == "adapter off":
+        view.line(references.SWITCHED_OFF)
+        return job
+    view.line("reference: the base, whose log-probabilities of all answers are computed once and kept beside the rows")
+    gpus = None if in_process else references.gpus_for(job.recipe)
+    found = {}
+    for split, prepared in job.splits.items():
+        with view.progress(f"asking the base about {split} data") as progress:
+            found[split] = references.with_references(prepared, job.recipe, gpus=gpus, on_progress=progress)
+    return replace(job, train=found["train"], held_out=found.get("eval"))
 
 
 def prepare_data(recipe: Recipe, view: View, spread: Any) -> worker.Job:

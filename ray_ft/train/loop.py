@@ -103,7 +103,7 @@ def train_step(
     parts = list(micro_batches(batch.rows, settings.micro_batch))
     for micro in parts:
         with strategy.precision():
-            found = strategy.module(*tensors(micro, device))
+            found = strategy.module(*objective.inputs(micro, device))
         at = len(losses) * settings.micro_batch
         sums.add(found, micro.flags, None if origins is None else origins[at : at + len(micro)])
         loss = found[:, 0].sum()
@@ -221,7 +221,7 @@ def evaluate(strategy: Strategy, order: Order, micro_batch: int, objective: Obje
     with strategy.evaluating():
         for batch in local_batches(order, 0, stop, layout.rank, layout.world, micro_batch):
             with strategy.precision():
-                found = strategy.module(*tensors(batch.rows, layout.device))
+                found = strategy.module(*objective.inputs(batch.rows, layout.device))
             sums.add(found, batch.rows.flags, sources_of(batch, order) if len(order.source_numbers) > 1 else None)
     return sums.read(strategy.all_reduce(sums.values).tolist())
 
@@ -234,20 +234,6 @@ def sources_of(batch: Batch, order: Order) -> np.ndarray:
 def micro_batches(rows: pack.Rows, size: int) -> Iterator[pack.Rows]:
     for start in range(0, len(rows), size):
         yield rows.take(slice(start, start + size))
-
-
-def tensors(rows: pack.Rows, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(input_ids, position_ids, labels), each int64 [rows, tokens], without columns that are padding in every row.
-
-    Leaving them out changes nothing that is computed for real tokens. The width is rounded up to a multiple of 64, so
-    that allocators and compiled kernels see few different shapes.
-    """
-    longest = int(np.count_nonzero((rows.flags & pack.REAL).any(axis=0)))
-    width = min(max(-(-longest // 64) * 64, 64), rows.flags.shape[1])
-    ids, flags = rows.input_ids[:, :width], rows.flags[:, :width]
-    arrays = (ids.astype(np.int64), pack.position_ids(flags), pack.labels(ids, flags))
-    a, b, c = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
-    return a, b, c
 
 
 class _NotFinite(Exception):

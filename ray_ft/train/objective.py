@@ -19,6 +19,7 @@ from ray_ft.data import pack
 from ray_ft.data.counts import Counts
 from ray_ft.model.classify import LabelLoss
 from ray_ft.model.loss import LossModel
+from ray_ft.model.preference import STATISTICS, PreferenceLoss, Reference
 from ray_ft.recipe import Recipe, Task
 
 if TYPE_CHECKING:
@@ -32,14 +33,42 @@ class Objective:
         unit: what is counted, for people: "tokens".
         module: wraps a model so that its forward pass gives the sums; takes the recipe, and what was counted of the
             training rows where it is to be trained.
+        inputs: what the module is given for some rows, on a device.
         targets: how many of them are in each row: [rows] from the rows' flags, uint8 [rows, tokens].
         statistics: names of what the module sums beside the loss, in its order; means over the targets are reported.
     """
 
     unit: str
     module: Callable[[PreTrainedModel, Recipe, Counts | None], nn.Module]
+    inputs: Callable[[pack.Rows, torch.device], tuple[torch.Tensor, ...]]
     targets: Callable[[np.ndarray], np.ndarray]
     statistics: tuple[str, ...] = ()
+
+
+def tensors(rows: pack.Rows, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(input_ids, position_ids, labels), each int64 [rows, tokens], without columns that are padding in every row.
+
+    Leaving them out changes nothing that is computed for real tokens. The width is rounded up to a multiple of 64, so
+    that allocators and compiled kernels see few different shapes.
+    """
+    longest = int(np.count_nonzero((rows.flags & pack.REAL).any(axis=0)))
+    width = min(max(-(-longest // 64) * 64, 64), rows.flags.shape[1])
+    ids, flags = rows.input_ids[:, :width], rows.flags[:, :width]
+    arrays = (ids.astype(np.int64), pack.position_ids(flags), pack.labels(ids, flags))
+    a, b, c = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
+    return a, b, c
+
+
+def with_reference(rows: pack.Rows, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """The same of pairs, and what the reference says of their documents, as `PreferenceLoss.forward` takes it.
+
+    Zeros where the rows do not tell, of as many documents as there are.
+    """
+    said = rows.reference
+    if said is None:
+        said = np.zeros((len(rows), 2 * max(int(pack.pairs(rows.flags).max(initial=0)), 1)), np.float32)
+    bits = torch.from_numpy(np.ascontiguousarray(said)).view(torch.int32)
+    return (*tensors(rows, device), bits.to(device, non_blocking=True))
 
 
 def trained_tokens(flags: np.ndarray) -> np.ndarray:
@@ -75,9 +104,19 @@ def class_weights(recipe: Recipe, counts: Counts) -> list[float] | None:
     return (found * rows.sum() / (found @ rows)).tolist()
 
 
-TOKENS = Objective("tokens", language, trained_tokens)
-LABELS = Objective("labels", labels, trained_tokens, ("accuracy",))
-OBJECTIVES: dict[Task, Objective] = {"language": TOKENS, "labels": LABELS}
+def preference(model: PreTrainedModel, recipe: Recipe, counts: Counts | None = None) -> nn.Module:
+    return PreferenceLoss(model, recipe.train.loss_chunk, recipe.train.preference, reference_of(recipe))
+
+
+def reference_of(recipe: Recipe) -> Reference:
+    """Where the reference's log-probabilities come from: the adapter is switched off where nothing else is trained."""
+    return "adapter off" if recipe.model.adapter and not recipe.model.unfreeze else "rows"
+
+
+TOKENS = Objective("tokens", language, tensors, trained_tokens)
+LABELS = Objective("labels", labels, tensors, trained_tokens, ("accuracy",))
+PAIRS = Objective("pairs", preference, with_reference, pack.pairs, STATISTICS)
+OBJECTIVES: dict[Task, Objective] = {"language": TOKENS, "labels": LABELS, "preference": PAIRS}
 
 
 def of(recipe: Recipe) -> Objective:

@@ -209,6 +209,35 @@ def test_evaluation_finds_the_loss_that_training_reported(trained: Recipe, view:
     assert len(paths.read_json(trained.run.dir.examples)["examples"]) == 12
 
 
+def test_preferences_on_two_workers_as_in_one_process_and_evaluated(
+    ray_cluster: None, demo: DemoPaths, make: Make, view: View, tmp_path: Path
+) -> None:
+    pairs: dict[str, Any] = {}
+    for split, name, count in (("train", "train", 120), ("eval", "heldout", 30)):
+        lines = Path(demo.preferences, f"{name}.jsonl").read_text().splitlines(keepends=True)[:count]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+        pairs[f"data.{split}"] = [{"path": str(tmp_path / f"{name}.jsonl"), "format": "preference"}]
+    settings = {**pairs, "data.seq_len": 192, "train.max_steps": 3}
+    recipe = make(**on_ray(name="pairs", **settings))
+    launch.train(recipe, view)
+    storage = str(tmp_path)  # where nothing that Ray Data has computed lies
+    alone = make(
+        **on_ray(name="alone", **settings, **{"train.workers": 0, "train.strategy": "none", "run.storage": storage})
+    )
+    launch.train(alone, view)
+    rows, others = (read_metrics(one.run.dir) for one in (recipe, alone))
+    names = ("loss", "reward_margin", "eval_loss", "eval_reward_accuracy", "eval_reward_margin")
+    for row, other in zip(rows, others, strict=True):
+        expected = {name: other[name] for name in names if name in other}
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    report = evaluate.evaluate(recipe.run.dir.root, view)
+    model, base = report["model"], report["base"]
+    assert model["loss"] == pytest.approx(rows[-1]["eval_loss"], rel=1e-5)
+    assert model["statistics"]["reward_margin"] == pytest.approx(rows[-1]["eval_reward_margin"], rel=1e-4)
+    assert model["target_pairs"] == base["target_pairs"] == 30 and model["perplexity"] is None
+    assert base["statistics"]["reward_margin"] == 0
+
+
 def test_validation_goes_on_beside_the_training_and_holds_no_step_up(
     ray_cluster: None, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -343,7 +343,7 @@ def test_an_endpoints_loss_is_over_every_target_token_once(few: Recipe) -> None:
     assert isinstance(found, Loss)
     rows = prepared.read(prepared.units)
     wanted = rows.input_ids[(rows.flags & pack.TRAINED) > 0]  # however they lie in the rows
-    assert found.tokens == len(wanted) and found.rows == prepared.rows
+    assert found.targets == len(wanted) and found.rows == prepared.rows
     assert found.loss == pytest.approx(-table[wanted].mean())
     assert sorted(server.prompts) == sorted(ids.tolist() for ids, *_ in documents)
 

@@ -104,7 +104,7 @@ def test_a_prompt_that_is_refused_keeps_its_row(fake: Fake, tmp_path: Path) -> N
     assert rows[1]["error"] == f"{tmp_path}/in.jsonl:2: the server refused it (400): too long"
 
 
-ROWS: list[tuple[str, dict[str, str], dict[str, Any], str]] = [
+ROWS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("messages", {}, {"messages": [{"role": "user", "content": "q"}]}, "q"),
     ("messages", {}, {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "known"}]}, "q"),
     ("messages", {"field": "turns"}, {"turns": [{"role": "user", "content": "q"}]}, "q"),
@@ -118,12 +118,19 @@ ROWS: list[tuple[str, dict[str, str], dict[str, Any], str]] = [
         {"source_text": "one", "source_lang_code": "en", "target_lang_code": "fr"},
         "To French: one",
     ),
+    ("preference", {}, {"prompt": "q", "chosen": "known"}, "q"),
+    (
+        "preference",
+        {"prompt_field": None},
+        {"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "known"}]},
+        "q",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("name", "settings", "row", "asked"), ROWS)
 def test_formats(
-    fake: Fake, tmp_path: Path, name: str, settings: dict[str, str], row: dict[str, Any], asked: str
+    fake: Fake, tmp_path: Path, name: str, settings: dict[str, Any], row: dict[str, Any], asked: str
 ) -> None:
     (tmp_path / "in.jsonl").write_text(json.dumps(row))
     run(fake, tmp_path / "in.jsonl", tmp_path / "out.jsonl", format=name, settings=settings)

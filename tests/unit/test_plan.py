@@ -18,7 +18,7 @@ from ray_ft import recipe as recipes
 from ray_ft.cli import app
 from ray_ft.errors import ModelError, RecipeError, ResourceError
 from ray_ft.model import load
-from ray_ft.plan import fleet, search, shapes, speed
+from ray_ft.plan import fleet, memory, search, shapes, speed
 from ray_ft.plan.fleet import GIB, Fleet
 from ray_ft.plan.planner import Planner
 from ray_ft.recipe import Recipe
@@ -80,6 +80,18 @@ def test_a_config_of_ones_own(tmp_path: Path) -> None:
     file.write_text("[]")
     with pytest.raises(ModelError, match="no usable config"):
         planning.answer(recipe_of(), config=str(file))
+
+
+def test_preferences_cost_a_second_forward_pass_or_the_whole_base_before_training() -> None:
+    pairs = "data.train=[{path: /a, format: preference}]"
+    planner = planner_of(recipe_of("model.adapter={name: lora}"))
+    plain, twice = (planner.plan(fleet_of(), overrides) for overrides in ((), (pairs,)))
+    assert twice.memory.phases == plain.memory.phases
+    assert 1.3 < twice.speed.compute / plain.speed.compute < 1.6
+    whole = planner_of(recipe_of(pairs)).plan(fleet_of()).memory
+    before = whole.phases[memory.BEFORE]
+    assert before["weights"] == 2 * TOTALS["1b"]
+    assert memory.BEFORE not in plain.memory.phases
 
 
 # ------------------------------------------------------------------------------------------------------------ fleets

@@ -289,6 +289,7 @@ def test_every_shipped_recipe_parses_and_begins_with_its_command(file: Path) -> 
     assert file.read_text().startswith(f"# ray-ft {verb} configs/{file.name}")
 
 
+PAIRS = "data.train=[{path: /a, format: preference}]"
 #: What does not go together: overrides, and what the error says (the values, and a way out).
 TOGETHER = [
     (["train.zero.offload_optimizer=cpu"], "read by zero1, zero2 and zero3, and strategy is fsdp"),
@@ -305,6 +306,15 @@ TOGETHER = [
     (["train.strategy=zero3", "train.optimizer.name=adamw_8bit"], "optimizer.name: adamw_8bit is for strategy fsdp"),
     (["train.optimizer={name: adafactor, in_backward: true}"], "set clip_norm: null"),
     (["train.clip_norm=null", "train.optimizer={name: adafactor, in_backward: true}"], "set micro_batch: 16"),
+    (["train.preference.beta=0.2"], "train.preference is read for sources of format preference"),
+    ([PAIRS, "data.long_rows=truncate"], "set long_rows: drop"),
+    (["data.train.0={path: /a, format: preference}"], "one run trains for one of them"),
+    ([PAIRS, "train.preference={loss: ipo, label_smoothing: 0.1}"], "label_smoothing: 0, or loss: sigmoid"),
+    (["data.train=[{path: /a, format: preference, prompt_field: null, chat: false}]"], "names no prompt"),
+    (
+        [PAIRS, "train.strategy=none", "model={path: a, quantize: nf4, adapter: {name: lora}, unfreeze: ['*norm*']}"],
+        "set unfreeze: [], or quantize: null",
+    ),
     (["model.quantize=nf4"], "add adapter: {name: lora}"),
     (["model.quantize=nf4", "model.adapter={name: lora}"], "set train.strategy: none"),
 ]
@@ -319,6 +329,8 @@ def test_settings_that_contradict_each_other_are_refused_with_a_way_out(override
 
 
 def test_settings_that_go_together_are_taken() -> None:
+    parse(PAIRS, "train.preference={beta: 0.3, label_smoothing: 0.1}", "model.adapter={name: lora}")
+    parse(PAIRS, "train.preference.loss=hinge", "model={path: a, adapter: {name: lora}, unfreeze: ['*norm*']}")
     parse("train.workers=0", "train.fsdp={replicas: 2, cpu_offload: true}")  # for a debugger, of any recipe
     parse("train.workers=0", "model.quantize=nf4", "model.adapter={name: lora}")
     parse("train.strategy=zero3", "train.zero={offload_optimizer: nvme, offload_parameters: cpu, nvme_path: /nvme}")

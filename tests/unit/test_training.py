@@ -27,7 +27,7 @@ from ray_ft.demo import DemoPaths
 from ray_ft.errors import TrainingError
 from ray_ft.recipe import Recipe
 from ray_ft.strategy import Layout, Strategy
-from ray_ft.train import checkpoint, loop, worker
+from ray_ft.train import checkpoint, loop, objective, worker
 from ray_ft.train.metrics import Meter
 
 STEPS, SAMPLES, SEQ_LEN, ROWS = 4, 24, 96, {True: 16, False: 32}  # rows of a global batch; padding completes them
@@ -333,9 +333,9 @@ def test_evaluation_counts_every_row_once_and_training_goes_on_as_if_without_it(
 
 def test_columns_of_padding_are_left_out_and_no_real_token_is() -> None:
     rows = global_batch(0, False)
-    ids, positions, labels = loop.tensors(rows.take(slice(0, 1)), torch.device("cpu"))
+    ids, positions, labels = objective.tensors(rows.take(slice(0, 1)), torch.device("cpu"))
     real = int((rows.flags[0] & 1).sum())
     assert ids.shape == positions.shape == labels.shape == (1, 64 if real <= 64 else 96)
-    wide = loop.tensors(rows, torch.device("cpu"))
+    wide = objective.tensors(rows, torch.device("cpu"))
     assert wide[0].shape == (32, 96)  # rounded up to 128, cut at seq_len
-    assert loop.tensors(Rows.blank(2, SEQ_LEN), torch.device("cpu"))[0].shape == (2, 64)
+    assert objective.tensors(Rows.blank(2, SEQ_LEN), torch.device("cpu"))[0].shape == (2, 64)

@@ -15,7 +15,7 @@ from ray_ft.data import pack, sources
 from ray_ft.data.lines import Reject
 from ray_ft.data.order import Order
 from ray_ft.data.render import Renderer, Tokens, load_tokenizer
-from ray_ft.data.rows import Asked, Conversation, Joined, Labelled, Sample, columns_used, to_sample
+from ray_ft.data.rows import Asked, Conversation, Joined, Labelled, Pair, Sample, columns_used, preferred, to_sample
 from ray_ft.errors import DataError, ExportError, StorageError
 from ray_ft.export.case import Case
 from ray_ft.export.gate import check
@@ -108,16 +108,17 @@ def _tokenizer(folder: str) -> Any:
     return tokenizer
 
 
-def _text(renderer: Renderer, sample: Asked) -> str:
+def _text(renderer: Renderer, sample: Asked | Pair) -> str:
     """With the prompt as it is asked for an answer: the two differ in what begins the assistant's turn."""
     import jinja2
 
-    if isinstance(sample, Joined):
-        return renderer.prompt_text(sample) + sample.answer
+    asked = preferred(sample)
+    if isinstance(asked, Joined):
+        return renderer.prompt_text(asked) + asked.answer
     render = renderer.tokenizer.apply_chat_template
     try:
-        parts = [render(list(sample.turns), tokenize=False)]
-        parts.append(render(list(sample.prompt), tokenize=False, add_generation_prompt=True))
+        parts = [render(list(asked.turns), tokenize=False)]
+        parts.append(render(list(asked.prompt), tokenize=False, add_generation_prompt=True))
         return "".join(map(str, parts))
     except (jinja2.TemplateError, TypeError, ValueError) as error:  # a row that training rejected; so must the export
         return f"refused: {error}"
