@@ -98,11 +98,11 @@ def test_second_call_reuses_and_other_settings_replace(tmp_path: Path) -> None:
 
 
 def test_interrupted_call_is_not_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray_ft import demo as module
+    from ray_ft.demo import write as module
 
     settings = {**SMALL, "rows": 31}
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_write_base", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(module, "write_base", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             write_demo(str(tmp_path), **settings)
     made = write_demo(str(tmp_path), **settings)
