@@ -2,8 +2,10 @@
 
 A conversation is rendered once as a whole and once up to each assistant turn; what the longer text has more is that
 turn's answer. Tokens that hold any of an answer are trained, up to and including the marker that ends the turn, so
-that the model learns to stop; so is one that joins the prompt's last space to the answer's first word. The rendered
-text holds every special token (Gemma's template writes ``<bos>`` itself), so it is tokenized without adding any.
+that the model learns to stop; so is one that joins the prompt's last space to the answer's first word. Thinking that
+is not to be trained leaves the answer with both of its tags; a token that joins the close tag's end to what follows
+holds some of what follows. The rendered text holds every special token (Gemma's template writes ``<bos>`` itself), so
+it is tokenized without adding any.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_ft import paths
+from ray_ft.data import thinking
 from ray_ft.data.lines import Reject
 from ray_ft.data.rows import Conversation, Joined, Sample
 from ray_ft.errors import ModelError
@@ -124,7 +127,8 @@ class Renderer:
 
     def _with_spans(self, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
         if isinstance(sample, Joined):
-            return sample.prompt + sample.answer, [(len(sample.prompt), len(sample.prompt) + len(sample.answer))]
+            text = sample.prompt + sample.answer
+            return text, _trained(text, len(sample.prompt), len(text), sample)
         text = self._render(sample.turns)
         spans = []
         for at, turn in enumerate(sample.turns):
@@ -135,7 +139,11 @@ class Renderer:
             if not (through.startswith(before) and text.startswith(through)):
                 raise TemplateRefusal("it renders a turn differently once later turns follow, so no loss mask exists")
             # White space behind the end-of-turn marker belongs to the layout, not to the answer.
-            spans.append((start, len(through.rstrip())))
+            end = len(through.rstrip())
+            tags = sample.thinking
+            if tags and tags.close in turn["content"] and tags.close not in text[start:end]:
+                raise TemplateRefusal(f"it leaves out what an answer thinks (up to {tags.close})")
+            spans += _trained(text, start, end, sample)
         return text, spans
 
     def _tokens(self, encoding: Any, spans: list[tuple[int, int]], sample: Sample) -> Tokens:
@@ -163,6 +171,13 @@ class Renderer:
             raise TemplateRefusal(str(error)) from error
         assert isinstance(rendered, str)
         return rendered
+
+
+def _trained(text: str, start: int, end: int, sample: Sample) -> list[tuple[int, int]]:
+    """Which characters of an answer at text[start:end] are trained."""
+    if sample.thinking is None or sample.thinking.train:
+        return [(start, end)]
+    return thinking.said(text, start, end, sample.thinking)
 
 
 class TemplateRefusal(Exception):

@@ -36,7 +36,7 @@ POLL_SECONDS = 2.0
 LAST_SECONDS = 900.0  # how long the end of a training waits for its last validation
 WAITING_SECONDS = 60.0  # without a place, after which people are told
 SAMPLES = 5  # answers that a result keeps
-SHOWN = ("accuracy", "macro_f1", "exact_match", "chrf", "bleu")
+SHOWN = ("accuracy", "macro_f1", "answer_match", "exact_match", "chrf", "bleu")
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ class Validation:
                 [question.reference for question in self._questions],
                 [question.target_language for question in self._questions],
                 self._recipe.evaluate.labels,
+                [question.thinking for question in self._questions],
             )
             self._validate_as_due()
         except Exception as error:

@@ -13,8 +13,9 @@ from ray_ft.data import sources
 from ray_ft.data.files import public_name
 from ray_ft.data.render import load_tokenizer, special_tokens
 from ray_ft.data.rows import Conversation, Joined, Sample, columns_used, to_sample
+from ray_ft.data.thinking import split
 from ray_ft.errors import DataError
-from ray_ft.recipe import Recipe, Source, TranslationSource
+from ray_ft.recipe import Recipe, Source, Thinking, TranslationSource
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,18 @@ class Question:
 
     @property
     def reference(self) -> str:
+        """The row's answer, with what it thinks."""
         return self.sample.answer
+
+    @property
+    def said(self) -> str:
+        """The row's answer without what it thinks: what answers are compared with."""
+        return split(self.reference, self.thinking)[1]
+
+    @property
+    def thinking(self) -> Thinking | None:
+        """How thinking is marked in the answers to it, where they may think."""
+        return self.sample.thinking
 
     @property
     def pair(self) -> str | None:

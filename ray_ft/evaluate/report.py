@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ray_ft import paths
 from ray_ft.answers.target import Answer
+from ray_ft.data.thinking import split
 from ray_ft.evaluate.compare import Difference, compare
 from ray_ft.evaluate.losses import Loss
 from ray_ft.evaluate.questions import Question, groups
@@ -21,11 +22,12 @@ from ray_ft.view import View
 WORST = 10  # examples that a report lists
 SAMPLES = 20
 SHOWN_GROUPS = 12  # language pairs, and sources, in the tables for people
-GROUP_SCORES = ("exact_match", "chrf", "bleu")  # which of their scores
+GROUP_SCORES = ("exact_match", "answer_match", "chrf", "bleu")  # which of their scores
 TITLES = {
     "loss": "loss",
     "perplexity": "perplexity",
     "exact_match": "exact match",
+    "answer_match": "answer match",
     "chrf": "chrF",
     "bleu": "BLEU",
     "rouge1": "ROUGE-1",
@@ -68,16 +70,17 @@ def build(
     """
     labels = recipe.evaluate.labels
     references = [question.reference for question in questions]
-    scorer = Scorer(references, [question.target_language for question in questions], labels)
+    tags = [question.thinking for question in questions]
+    scorer = Scorer(references, [question.target_language for question in questions], labels, tags)
     scored, base_scored = (scorer.scored(one.texts) if one else None for one in (model, base))
     assert scored is not None
-    chrf = [sentence_chrf(text, reference) for text, reference in zip(model.texts, references, strict=True)]
-    each = [_example(number, question, model, base, chrf[number]) for number, question in enumerate(questions)]
+    each = [_example(number, question, model, base) for number, question in enumerate(questions)]
     wrong = [row for row in each if row["answer"] != row["reference"].strip()]
     everything = list(range(len(questions)))
-    found_labels = label_report(model.texts, references, labels) if labels else None
+    said, base_said = ([row[key] for row in each] for key in ("answer", "base_answer"))
+    found_labels = label_report(said, scorer.references, labels) if labels else None
     if found_labels is not None and base:
-        found_labels["base"] = label_report(base.texts, references, labels)
+        found_labels["base"] = label_report(base_said, scorer.references, labels)
     return {
         **head,
         "engine": model.engine,
@@ -145,15 +148,22 @@ def _differences(
     return {name: difference.as_json() for name, difference in found.items() if difference is not None}
 
 
-def _example(number: int, question: Question, model: System, base: System | None, chrf: float) -> dict[str, Any]:
+def _example(number: int, question: Question, model: System, base: System | None) -> dict[str, Any]:
+    """What is compared, and beside it, where answers may think, the thinking of each."""
     answer = model.answers[number]
+    tags = question.thinking
+    thought, said = split(answer.text, tags)
+    base_thought, base_said = split(base.texts[number], tags) if base else (None, None)
+    wanted_thought, wanted = split(question.reference, tags) if tags else (None, question.reference)
+    thinking = {"thinking": thought, "base_thinking": base_thought, "reference_thinking": wanted_thought}
     return {
         "prompt": question.asked,
-        "reference": question.reference,
-        "answer": model.texts[number],
-        "base_answer": base.texts[number] if base else None,
+        "reference": wanted,
+        "answer": said,
+        "base_answer": base_said,
         "origin": question.origin,
-        "chrf": chrf,
+        "chrf": sentence_chrf(said, wanted),
+        **(thinking if tags else {}),
         **({"error": answer.error} if answer.error else {}),
     }
 
@@ -197,7 +207,9 @@ def show(found: dict[str, Any], view: View) -> None:
         if len(found["groups"][kind]) > 1:
             view.console.print(_groups(title, found["groups"][kind]))
     for example in found["worst"][:2]:
-        view.line(f"worst: {_short(example['answer'])!r} for {_short(example['reference'])!r} ({example['origin']})")
+        thought = f", thought {_short(example['thinking'])!r}" if example.get("thinking") else ""
+        said = f"{_short(example['answer'])!r} for {_short(example['reference'])!r}"
+        view.line(f"worst: {said} ({example['origin']}){thought}")
 
 
 def _table(found: dict[str, Any]) -> Table:
@@ -222,13 +234,14 @@ def _groups(title: str, groups: dict[str, Any]) -> Table:
     # The more rows, the more is known; those left out, and all other scores, are in report.json.
     most = sorted(groups, key=lambda name: (-groups[name]["rows"], name))[:SHOWN_GROUPS]
     compared = any(group["base"] for group in groups.values())
+    scores = [name for name in GROUP_SCORES if any(name in group["model"] for group in groups.values())]
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column(title)
-    for heading in ("rows", *(TITLES[name] for name in GROUP_SCORES), *(["chrF's difference [95 %]"] * compared)):
+    for heading in ("rows", *(TITLES[name] for name in scores), *(["chrF's difference [95 %]"] * compared)):
         table.add_column(heading, justify="right")
     for name in most:
         group = groups[name]
-        cells = [_arrow(score, group) for score in GROUP_SCORES]
+        cells = [_arrow(score, group) for score in scores]
         cells += [_interval("chrf", group["difference"].get("chrf"))] * compared
         table.add_row(escape(name), str(group["rows"]), *cells)
     if len(groups) > len(most):

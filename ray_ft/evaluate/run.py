@@ -59,8 +59,8 @@ def evaluate(
     work = _Work.of(target, recipe, base, engine, model)
     questions = held_out_questions(work.recipe, work.recipe.evaluate.max_rows)
     labels = work.recipe.evaluate.labels
-    if labels and not any(question.reference.strip() in labels for question in questions):
-        some = ", ".join(repr(question.reference.strip()[:40]) for question in questions[:3])
+    if labels and not any(question.said in labels for question in questions):
+        some = ", ".join(repr(question.said[:40]) for question in questions[:3])
         raise DataError(
             f"evaluate.labels are {', '.join(map(repr, labels))}; no held-out answer is one of them, such as {some}",
             ["name the answers as they stand in the data, letter case included", "evaluate.labels=[]"],

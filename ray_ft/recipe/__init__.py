@@ -7,6 +7,7 @@ never dictionaries. Nothing here imports torch or ray.
 """
 
 from ray_ft.recipe.data import (
+    AnswerSource,
     AnySource,
     Data,
     MessagesSource,
@@ -15,6 +16,7 @@ from ray_ft.recipe.data import (
     Task,
     TemplateSource,
     TextSource,
+    Thinking,
     TranslationSource,
     template_fields,
 )
@@ -31,6 +33,7 @@ __all__ = [
     "FSDP",
     "PBT",
     "Adapter",
+    "AnswerSource",
     "AnySource",
     "Budget",
     "Checkpoint",
@@ -53,6 +56,7 @@ __all__ = [
     "Task",
     "TemplateSource",
     "TextSource",
+    "Thinking",
     "Train",
     "TranslationSource",
     "Tune",

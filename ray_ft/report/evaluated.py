@@ -10,7 +10,7 @@ from ray_ft.report.blocks import Answers, Charts, Missing, Section, Table, Text,
 from ray_ft.report.reading import Record
 
 LOSSES = ("loss", "perplexity")
-SHARES = ("exact_match", "accuracy", "macro_f1")  # 0 to 1; every other score is 0 to 100
+SHARES = ("exact_match", "answer_match", "accuracy", "macro_f1")  # 0 to 1; every other score is 0 to 100
 MOST_LABELS = 40  # of the confusion that is drawn
 MOST_COUNTS = 100  # labels of the one that is a table
 MOST_ANSWERS = 50  # of each kind
@@ -223,11 +223,18 @@ def _before(labels: Mapping[str, Any], name: str) -> str:
 def _answered(row: Mapping[str, Any]) -> tuple[str, str, list[tuple[str, str, bool | None]]]:
     reference = str(row.get("reference", ""))
     sides: list[tuple[str, str, bool | None]] = []
-    for name, key in (("base model", "base_answer"), ("model", "answer")):
+    for name, key, thought in (
+        ("base model", "base_answer", "base_thinking"),
+        ("model", "answer", "thinking"),
+    ):
+        if row.get(thought):
+            sides.append((f"{name}, thinking", _cut(str(row[thought])), None))
         if row.get(key) is not None:
             text = str(row[key])
             sides.append((name, _cut(text), text.strip() == reference.strip() if reference else None))
     asked = _cut(_asked(row.get("prompt")))
+    if row.get("reference_thinking"):
+        sides.append(("reference, thinking", _cut(str(row["reference_thinking"])), None))
     return asked, str(row.get("origin", "")), [*sides, ("reference", _cut(reference), None)]
 
 
