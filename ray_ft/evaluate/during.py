@@ -1,11 +1,12 @@
-"""Validation beside the training: answers to a few held-out rows by the newest checkpoint, while the workers go on.
+"""Validation beside the training: answers to a few held-out rows, and to prompts of one's own, by the newest
+checkpoint, while the workers go on.
 
 A thread here looks for committed checkpoints; a Ray actor, with GPUs of its own or none, loads the newest one's weights
 and answers. It lives for one validation, so that nothing of the cluster is held in between, and gives way as soon as
 the workers are lost, which may need its place to come back. Where training is faster, checkpoints between are passed
 over. Nothing that happens here ends or delays the training: it is said in a line.
 
-    <run>/eval/steps/step_00000100.json   and the same scores in <run>/tensorboard/validation
+    <run>/eval/steps/step_00000100.json   scores and answers; the same in <run>/tensorboard/validation
 
 Limits: for runs with workers (train.workers above 0), and for models that fit one GPU, as answers come from
 transformers; on CPUs it takes its share of cores that the workers compute on, at the lowest priority.
@@ -26,8 +27,8 @@ from ray_ft import paths
 from ray_ft.answers.found import Found
 from ray_ft.answers.target import Answer, Prompt, Sampling
 from ray_ft.errors import RecipeError, first_line
-from ray_ft.evaluate.questions import Question, held_out_questions
-from ray_ft.evaluate.report import TITLES, form
+from ray_ft.evaluate.questions import held_out_questions
+from ray_ft.evaluate.report import TITLES, form, sample, short
 from ray_ft.evaluate.scores import Scorer
 from ray_ft.recipe import Recipe
 from ray_ft.train import checkpoint, cluster
@@ -92,7 +93,8 @@ class Validation:
 
     def _watch(self) -> None:
         try:
-            self._questions = held_out_questions(self._recipe, self._during.max_rows)
+            held_out = self._recipe.data.eval
+            self._questions = held_out_questions(self._recipe, self._during.max_rows) if held_out else []
             self._scorer = Scorer(
                 [question.reference for question in self._questions],
                 [question.target_language for question in self._questions],
@@ -154,7 +156,7 @@ class Validation:
         began, told = time.monotonic(), False
         try:
             placed = actor.ready.remote()
-            reference = actor.answer.remote([question.prompt for question in self._questions])
+            reference = actor.answer.remote(self._prompts)
             while True:
                 ready, _ = ray.wait([reference], timeout=POLL_SECONDS / 2)
                 if ready:
@@ -168,38 +170,44 @@ class Validation:
         finally:
             ray.kill(actor)
 
-    def _record(self, step: int, answers: Sequence[Answer], seconds: float) -> None:
+    @property
+    def _prompts(self) -> list[Prompt]:
+        """Of the held-out rows, then one's own."""
+        own = [
+            Prompt(messages=[{"role": "user", "content": text}]) if self._recipe.data.chat else Prompt(text=text)
+            for text in self._during.prompts
+        ]
+        return [*(question.prompt for question in self._questions), *own]
+
+    def _record(self, step: int, given: Sequence[Answer], seconds: float) -> None:
+        answers, own = given[: len(self._questions)], given[len(self._questions) :]
         scored = self._scorer.scored([answer.text for answer in answers])
         scores = self._scorer.scores(scored)
-        failed = [answer.error for answer in answers if answer.error]
-        result = {
+        failed = [answer.error for answer in given if answer.error]
+        result: dict[str, Any] = {
             "step": step,
             "rows": len(answers),
             "failed": len(failed),
             "scores": scores,
             "signatures": self._scorer.signatures(),
             "seconds": seconds,
-            "samples": [_sample(*pair) for pair in zip(self._questions, answers, strict=True)][:SAMPLES],
+            "samples": [sample(*pair) for pair in zip(self._questions, answers, strict=True)][:SAMPLES],
+            "prompts": [
+                {"prompt": prompt, "answer": answer.text.strip(), **({"error": answer.error} if answer.error else {})}
+                for prompt, answer in zip(self._during.prompts, own, strict=True)
+            ],
         }
         paths.write_json(paths.join(self._run.validations, f"step_{step:08d}.json"), result)
         self._scalars = self._scalars or _Scalars(self._run)
-        self._scalars.add(step, scores)
+        self._scalars.add(step, scores, {kind: result[kind] for kind in ("samples", "prompts")})
         shown = ", ".join(f"{TITLES[name]} {form(name, scores[name])}" for name in SHOWN if name in scores)
+        shown = shown or ", ".join(repr(short(answer.text)) for answer in own[:2])
         broken = f", {len(failed)} without an answer ({failed[0]})" if failed else ""
-        self._say(f"validation of step {step}: {shown} ({len(answers)} rows in {seconds:.0f} s{broken})")
+        self._say(f"validation of step {step}: {shown} ({len(given)} answers in {seconds:.0f} s{broken})")
 
 
 def _is_result(name: str) -> bool:
     return name.startswith("step_") and name.endswith(".json") and name[5:-5].isdigit()
-
-
-def _sample(question: Question, answer: Answer) -> dict[str, Any]:
-    return {
-        "prompt": question.asked,
-        "reference": question.reference,
-        "answer": answer.text.strip(),
-        "origin": question.origin,
-    }
 
 
 def _reason(error: BaseException) -> str:
@@ -219,15 +227,29 @@ class _Scalars:
         self._folder = tempfile.mkdtemp(prefix="ray_ft_tb_") if self._remote else self._location
         self._writer = SummaryWriter(self._folder)
 
-    def add(self, step: int, scores: dict[str, float]) -> None:
+    def add(self, step: int, scores: dict[str, float], answers: dict[str, list[dict[str, Any]]]) -> None:
         for name, value in scores.items():
             self._writer.add_scalar(name, value, step)
+        for kind, rows in answers.items():
+            for number, row in enumerate(rows):
+                self._writer.add_text(f"{kind}/{number}", _as_text(row), step)
         self._writer.flush()
         if self._remote:
             paths.upload_dir(self._folder, self._location)
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _as_text(row: dict[str, Any]) -> str:
+    """A prompt and its answer in the Markdown that TensorBoard shows, as indented code, which means nothing in it."""
+    asked = row["prompt"]
+    if not isinstance(asked, str):
+        asked = "\n".join(f"{turn['role']}: {turn['content']}" for turn in asked)
+    parts = {"prompt": asked, "thinking": row.get("thinking"), "answer": row["answer"] or row.get("error")}
+    parts["reference"] = row.get("reference")
+    blocks = [(name, str(text).splitlines() or [""]) for name, text in parts.items() if text is not None]
+    return "\n\n".join("\n".join([f"{name}:", "", *(f"    {line}" for line in lines)]) for name, lines in blocks)
 
 
 class _Validator:

@@ -149,21 +149,23 @@ def _differences(
 
 
 def _example(number: int, question: Question, model: System, base: System | None) -> dict[str, Any]:
+    thought, said = split(base.texts[number], question.thinking) if base else (None, None)
+    found = sample(question, model.answers[number])
+    before = {"base_answer": said, **({"base_thinking": thought} if question.thinking else {})}
+    return {**found, **before, "chrf": sentence_chrf(found["answer"], found["reference"])}
+
+
+def sample(question: Question, answer: Answer) -> dict[str, Any]:
     """What is compared, and beside it, where answers may think, the thinking of each."""
-    answer = model.answers[number]
     tags = question.thinking
     thought, said = split(answer.text, tags)
-    base_thought, base_said = split(base.texts[number], tags) if base else (None, None)
     wanted_thought, wanted = split(question.reference, tags) if tags else (None, question.reference)
-    thinking = {"thinking": thought, "base_thinking": base_thought, "reference_thinking": wanted_thought}
     return {
         "prompt": question.asked,
         "reference": wanted,
         "answer": said,
-        "base_answer": base_said,
         "origin": question.origin,
-        "chrf": sentence_chrf(said, wanted),
-        **(thinking if tags else {}),
+        **({"thinking": thought, "reference_thinking": wanted_thought} if tags else {}),
         **({"error": answer.error} if answer.error else {}),
     }
 
@@ -207,8 +209,8 @@ def show(found: dict[str, Any], view: View) -> None:
         if len(found["groups"][kind]) > 1:
             view.console.print(_groups(title, found["groups"][kind]))
     for example in found["worst"][:2]:
-        thought = f", thought {_short(example['thinking'])!r}" if example.get("thinking") else ""
-        said = f"{_short(example['answer'])!r} for {_short(example['reference'])!r}"
+        thought = f", thought {short(example['thinking'])!r}" if example.get("thinking") else ""
+        said = f"{short(example['answer'])!r} for {short(example['reference'])!r}"
         view.line(f"worst: {said} ({example['origin']}){thought}")
 
 
@@ -273,6 +275,6 @@ def _interval(name: str, difference: dict[str, float] | None) -> str:
     return escape(f"{value} [{low}, {high}]")
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 70 else line[:69] + "…"

@@ -192,6 +192,11 @@ class Data(Section):
     """Record which samples each step used, as file:line, in the run directory."""
 
     @property
+    def chat(self) -> bool:
+        """Whether any source is trained in the model's chat template."""
+        return any(getattr(source, "chat", source.format != "text") for source in self.train)
+
+    @property
     def task(self) -> Task:
         """What the sources are for; all of them for the same."""
         return TASKS.get(type(self.train[0]), "language")
