@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -80,24 +81,30 @@ def write_demo(
     settings = {"format": FORMAT, "task": task, "seed": seed, **size}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
+    old: list[str] = []  # files of an earlier demo, begun or done
     if paths.exists(marker):
         found = paths.read_json(marker)
         complete = found["files"] and all(paths.exists(paths.join(root, name)) for name in found["files"])
         if complete and found["key"] == key:
             return replace(demo, reused=True)
+        old = [*found["files"], *found.get("begun", [])]
     elif paths.list_dir(root):
         raise DataError(f"{folder!r} holds files, but no {MARKER}: it is no demo", ["name another folder"])
 
     drawn = TASKS[task].draw(rows, seed)
+    written = [*files, *(part.heldout for part in parts.values())]
     # Named before anything is written, so that an interrupted call leaves a folder that the next one may replace.
-    paths.write_json(marker, {"key": key, "settings": settings, "files": []})
+    begun = {os.path.relpath(name, root) for name in written}
+    paths.write_json(marker, {"key": key, "settings": settings, "files": [], "begun": sorted({*old, *begun})})
+    for name in {*old} - begun:  # another task's rows must not stand among this one's
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(root, name))
     for name, part in drawn.items():
         for number, file in enumerate(parts[name].train):
             _write_rows(file, part.train[number :: len(parts[name].train)])
         _write_rows(parts[name].heldout, part.heldout)
     texts = [text for part in drawn.values() for row in part.train for text in part.texts(row)]
     write_base(demo.base, texts, seed, hidden_size, layers)
-    written = [*files, *(part.heldout for part in parts.values())]
     written += [paths.join(demo.base, name) for name in paths.list_dir(demo.base)]
     paths.write_json(marker, {"key": key, "settings": settings, "files": [os.path.relpath(n, root) for n in written]})
     return demo
