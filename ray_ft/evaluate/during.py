@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from ray_ft import paths
 from ray_ft.answers.found import Found
 from ray_ft.answers.target import Answer, Prompt, Sampling
 from ray_ft.errors import RecipeError, first_line
+from ray_ft.evaluate.curves import Curves
 from ray_ft.evaluate.questions import held_out_questions
 from ray_ft.evaluate.report import TITLES, form, sample, short
 from ray_ft.evaluate.scores import Scorer
@@ -61,7 +61,7 @@ class Validation:
         self._recipe, self._during, self._run = recipe, recipe.evaluate.during, recipe.run.dir
         self._free, self._over, self._stop, self._done = (threading.Event() for _ in range(4))
         self._say: Callable[[str], None] = lambda line: None
-        self._scalars: _Scalars | None = None
+        self._curves: Curves | None = None
 
     # What launch tells.
 
@@ -106,8 +106,8 @@ class Validation:
             self._say(f"validation ended: {first_line(error)}; training goes on")
         finally:
             with contextlib.suppress(OSError):
-                if self._scalars:
-                    self._scalars.close()
+                if self._curves:
+                    self._curves.close()
             self._done.set()
 
     def _validate_as_due(self) -> None:
@@ -198,8 +198,8 @@ class Validation:
             ],
         }
         paths.write_json(paths.join(self._run.validations, f"step_{step:08d}.json"), result)
-        self._scalars = self._scalars or _Scalars(self._run)
-        self._scalars.add(step, scores, {kind: result[kind] for kind in ("samples", "prompts")})
+        self._curves = self._curves or Curves(self._run)
+        self._curves.add(step, scores, {kind: result[kind] for kind in ("samples", "prompts")})
         shown = ", ".join(f"{TITLES[name]} {form(name, scores[name])}" for name in SHOWN if name in scores)
         shown = shown or ", ".join(repr(short(answer.text)) for answer in own[:2])
         broken = f", {len(failed)} without an answer ({failed[0]})" if failed else ""
@@ -214,42 +214,6 @@ def _reason(error: BaseException) -> str:
     """The first line of what was raised in the actor, not of Ray's report on it."""
     cause = getattr(error, "cause", None)
     return first_line(cause if isinstance(cause, BaseException) else error)
-
-
-class _Scalars:
-    """Scores in TensorBoard, as a curve of their own beside the training's; on object stores uploaded each time."""
-
-    def __init__(self, run: paths.RunDir) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._location = paths.join(run.tensorboard, "validation")
-        self._remote = paths.is_uri(run.root)
-        self._folder = tempfile.mkdtemp(prefix="ray_ft_tb_") if self._remote else self._location
-        self._writer = SummaryWriter(self._folder)
-
-    def add(self, step: int, scores: dict[str, float], answers: dict[str, list[dict[str, Any]]]) -> None:
-        for name, value in scores.items():
-            self._writer.add_scalar(name, value, step)
-        for kind, rows in answers.items():
-            for number, row in enumerate(rows):
-                self._writer.add_text(f"{kind}/{number}", _as_text(row), step)
-        self._writer.flush()
-        if self._remote:
-            paths.upload_dir(self._folder, self._location)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def _as_text(row: dict[str, Any]) -> str:
-    """A prompt and its answer in the Markdown that TensorBoard shows, as indented code, which means nothing in it."""
-    asked = row["prompt"]
-    if not isinstance(asked, str):
-        asked = "\n".join(f"{turn['role']}: {turn['content']}" for turn in asked)
-    parts = {"prompt": asked, "thinking": row.get("thinking"), "answer": row["answer"] or row.get("error")}
-    parts["reference"] = row.get("reference")
-    blocks = [(name, str(text).splitlines() or [""]) for name, text in parts.items() if text is not None]
-    return "\n\n".join("\n".join([f"{name}:", "", *(f"    {line}" for line in lines)]) for name, lines in blocks)
 
 
 class _Validator:
