@@ -258,6 +258,8 @@ def _values(system: dict[str, Any]) -> dict[str, float]:
 
 def _arrow(name: str, group: dict[str, Any]) -> str:
     model = form(name, group["model"].get(name))
+    if name not in group["model"]:  # none of the group's rows counts for it
+        return model
     return f"{form(name, group['base'].get(name))} → {model}" if group["base"] else model
 
 

@@ -188,6 +188,13 @@ def test_the_worst_examples_show_what_was_thought(make_recipe: Callable[..., Rec
     assert found["model"]["scores"]["answer_match"] == 0.5
     show(found, View())
     assert "worst: '5' for '4' (f:1), thought '2+2=5'" in capsys.readouterr().out
+    found["groups"]["source"] = {
+        "sums": {"rows": 1, "model": {"answer_match": 1.0, "chrf": 9.0}, "base": {"chrf": 1.0}, "difference": {}},
+        "words": {"rows": 1, "model": {"chrf": 9.0}, "base": {"chrf": 1.0}, "difference": {}},
+    }
+    show(found, View())
+    (words,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("words")]
+    assert words[:6] == ["words", "1", "–", "1.0", "→", "9.0"]  # a source that never thinks has no answer match
     sides = _answered(worst)[2]
     assert ("model, thinking", "2+2=5", None) in sides and ("model", "5", False) in sides
     assert ("reference, thinking", "2+2=4", None) in sides
