@@ -52,13 +52,13 @@ def main() -> None:
             _ray_ft(name, arguments)
         with _step("questions"):
             questions = held_out_questions(settings, settings.evaluate.max_rows)
-        port = _free_port()
+        port = free_port()
         arguments = ["serve", run, "--port", str(port)]
         _announce(view, arguments)
         key = secrets.token_urlsafe(32)
-        with _serving(arguments, port, key) as url:
+        with serving(arguments, port, key) as url:
             name = settings.serve.model_name or settings.run.name
-            answers = _ask(url, key, name, questions, settings.evaluate.max_new_tokens)
+            answers = ask(url, key, name, questions, settings.evaluate.max_new_tokens)
         result = score(answers, [question.reference for question in questions])
         if result["exact_match"] < ENOUGH:
             raise StepFailed(f"ask: exact match over HTTP is {result['exact_match']:.3f}, below {ENOUGH}")
@@ -95,7 +95,7 @@ def _ray_ft(name: str, arguments: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _serving(arguments: Sequence[str], port: int, key: str) -> Iterator[str]:
+def serving(arguments: Sequence[str], port: int, key: str) -> Iterator[str]:
     """`ray-ft serve` in the background. Yields its URL; afterwards neither it nor any process that it began is left."""
     import httpx
     import psutil
@@ -129,25 +129,25 @@ def _serving(arguments: Sequence[str], port: int, key: str) -> Iterator[str]:
         raise StepFailed(f"serve: {len(alive)} processes did not end within {STOP_SECONDS} s and were killed")
 
 
-def _ask(url: str, key: str, model: str, questions: Sequence[Question], max_tokens: int) -> list[str]:
+def ask(url: str, key: str, model: str, questions: Sequence[Question], max_tokens: int) -> list[str]:
     import openai
 
     # trust_env: http_proxy is not for this machine's own address.
     client = openai.OpenAI(base_url=url, api_key=key, http_client=openai.DefaultHttpxClient(trust_env=False))
 
-    def ask(question: Question) -> str:
+    def one(question: Question) -> str:
         messages: Any = question.sample.prompt
         reply = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=max_tokens)
         return reply.choices[0].message.content or ""
 
     try:
         with ThreadPoolExecutor(CLIENTS) as pool:
-            return list(pool.map(ask, questions))
+            return list(pool.map(one, questions))
     except openai.OpenAIError as error:
         raise StepFailed(f"ask: {error}") from error
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

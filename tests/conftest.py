@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from ray_ft import recipe
-from ray_ft.demo import PROMPT, DemoPaths, write_demo
+from ray_ft.demo import PROMPT, DemoPaths, labels, preference, write_demo
 from ray_ft.recipe import Recipe
 
 # The same examples each time, so that one commit passes or fails for all; `pytest --hypothesis-profile hunt` looks for
@@ -26,6 +26,27 @@ hypothesis.settings.load_profile("same")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoPaths:
     """600 training rows in three files, 300 held-out ones, and a Gemma 3 of two layers: sliding and full attention."""
     return write_demo(str(tmp_path_factory.mktemp("demo")), rows=600, hidden_size=32, layers=2)
+
+
+@pytest.fixture(scope="session")
+def label_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Rows with labels, to train on and held out."""
+    part, folder = labels.draw(4_000, 0)[""], tmp_path_factory.mktemp("labels")
+    return write_lines(folder / "train.jsonl", part.train), write_lines(folder / "heldout.jsonl", part.heldout)
+
+
+@pytest.fixture(scope="session")
+def pair_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """120 preference pairs to train on, and 30 held out."""
+    part, folder = preference.draw(600, 0)[""], tmp_path_factory.mktemp("pairs")
+    files = zip(("train.jsonl", "heldout.jsonl"), (part.train[:120], part.heldout[:30]), strict=True)
+    train, heldout = (write_lines(folder / name, rows) for name, rows in files)
+    return train, heldout
+
+
+def write_lines(file: Path, rows: list[dict[str, Any]]) -> str:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return str(file)
 
 
 @pytest.fixture

@@ -14,12 +14,16 @@ from ray_ft.view import View
 
 
 @app.command()
-def demo(folder: Annotated[str, typer.Argument(help="Where to write it.")] = "demo") -> None:
-    """Write the demo: number words to translate, and a tiny untrained Gemma 3 with its own tokenizer."""
+def demo(
+    folder: Annotated[str | None, typer.Argument(help="Where to write it; default: demo, or demo-TASK.")] = None,
+    task: Annotated[str, typer.Option(help="translation, reasoning or mixture.")] = "translation",
+) -> None:
+    """Write a task's demo: its data, such as number words to translate, and a tiny untrained Gemma 3."""
     from ray_ft.demo import write_demo
 
-    made: Any = write_demo(folder)
-    View().line(f"{'reusing' if made.reused else 'wrote'} the demo data and base model: {folder}")
+    to = folder or ("demo" if task == "translation" else f"demo-{task}")
+    made: Any = write_demo(to, task=task)
+    View().line(f"{'reusing' if made.reused else 'wrote'} the demo data and base model: {to}")
 
 
 @app.command()

@@ -2,8 +2,10 @@
 
 A conversation is rendered once as a whole and once up to each assistant turn; what the longer text has more is that
 turn's answer. Tokens that hold any of an answer are trained, up to and including the marker that ends the turn, so
-that the model learns to stop; so is one that joins the prompt's last space to the answer's first word. The rendered
-text holds every special token (Gemma's template writes ``<bos>`` itself), so it is tokenized without adding any.
+that the model learns to stop; so is one that joins the prompt's last space to the answer's first word. Thinking that
+is not to be trained leaves the answer with both of its tags; a token that joins the close tag's end to what follows
+holds some of what follows. The rendered text holds every special token (Gemma's template writes ``<bos>`` itself), so
+it is tokenized without adding any.
 
 A labelled text is tokenized as a served classifier does it, special tokens added, and its label stands behind it as one
 more token, the only one that is trained: what the model is to say next. It is a number among the labels, not a word; no
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_ft import paths
+from ray_ft.data import thinking
 from ray_ft.data.lines import Reject
 from ray_ft.data.rows import Asked, Conversation, Joined, Labelled, Pair, Sample, preferred
 from ray_ft.errors import ModelError
@@ -154,7 +157,8 @@ class Renderer:
         if isinstance(sample, Labelled):
             return sample.text, []
         if isinstance(sample, Joined):
-            return sample.prompt + sample.answer, [(len(sample.prompt), len(sample.prompt) + len(sample.answer))]
+            text = sample.prompt + sample.answer
+            return text, _trained(text, len(sample.prompt), len(text), sample)
         text = self._render(sample.turns)
         spans = []
         for at, turn in enumerate(sample.turns):
@@ -165,7 +169,11 @@ class Renderer:
             if not (through.startswith(before) and text.startswith(through)):
                 raise TemplateRefusal("it renders a turn differently once later turns follow, so no loss mask exists")
             # White space behind the end-of-turn marker belongs to the layout, not to the answer.
-            spans.append((start, len(through.rstrip())))
+            end = len(through.rstrip())
+            tags = sample.thinking
+            if tags and tags.close in turn["content"] and tags.close not in text[start:end]:
+                raise TemplateRefusal(f"it leaves out what an answer thinks (up to {tags.close})")
+            spans += _trained(text, start, end, sample)
         return text, spans
 
     @staticmethod
@@ -218,6 +226,13 @@ def paired(chosen: Tokens | Reject, rejected: Tokens | Reject) -> Tokens | Rejec
         return Reject("chosen and rejected are the same", "once they are rendered")
     ids, trained = (np.concatenate((a, b)) for a, b in ((chosen.ids, rejected.ids), (chosen.trained, rejected.trained)))
     return Tokens(ids, trained, whole, rejected_at=len(chosen))
+
+
+def _trained(text: str, start: int, end: int, sample: Asked) -> list[tuple[int, int]]:
+    """Which characters of an answer at text[start:end] are trained."""
+    if sample.thinking is None or sample.thinking.train:
+        return [(start, end)]
+    return thinking.said(text, start, end, sample.thinking)
 
 
 class TemplateRefusal(Exception):

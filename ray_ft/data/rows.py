@@ -7,12 +7,14 @@ import reprlib
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from ray_ft.data import thinking
 from ray_ft.data.lines import Reject
 from ray_ft.recipe import (
+    AnswerSource,
     LabelsSource,
     MessagesSource,
     PreferenceSource,
@@ -20,6 +22,7 @@ from ray_ft.recipe import (
     Source,
     TemplateSource,
     TextSource,
+    Thinking,
     TranslationSource,
     template_fields,
 )
@@ -36,10 +39,14 @@ _repr.maxlevel = 3
 @dataclass(frozen=True)
 class Conversation:
     """Turns for the chat template; every assistant turn from number `first` on is trained. Each turn is {"role",
-    "content"}."""
+    "content"}.
+
+    `thinking`: how what they think is marked, and whether it is trained; None: nothing is.
+    """
 
     turns: tuple[dict[str, str], ...]
     first: int = 0
+    thinking: Thinking | None = None
 
     @property
     def prompt(self) -> tuple[dict[str, str], ...]:
@@ -50,6 +57,11 @@ class Conversation:
     def answer(self) -> str:
         return self.turns[-1]["content"]
 
+    @property
+    def answers(self) -> list[str]:
+        """Every one, the last included."""
+        return [turn["content"] for turn in self.turns if turn["role"] == "assistant"]
+
 
 @dataclass(frozen=True)
 class Joined:
@@ -57,6 +69,11 @@ class Joined:
 
     prompt: str
     answer: str
+    thinking: Thinking | None = None
+
+    @property
+    def answers(self) -> list[str]:
+        return [self.answer]
 
 
 @dataclass(frozen=True)
@@ -110,9 +127,20 @@ def to_sample(
             sample = _READERS[type(source)](source, row)
         if special:
             _check_special(source, sample, special)
+        if isinstance(source, AnswerSource) and source.thinking:
+            assert isinstance(sample, Asked)
+            sample = _thinking(sample, source.thinking)
     except _Unusable as unusable:
         return unusable.reject
     return sample
+
+
+def _thinking(sample: Asked, tags: Thinking) -> Asked:
+    for number, answer in enumerate(sample.answers):
+        if found := thinking.fault(answer, tags):
+            reason, detail = found
+            raise _Unusable(reason, f"{detail}, in answer {number}" if len(sample.answers) > 1 else detail)
+    return replace(sample, thinking=tags)
 
 
 def _check_special(source: Source, sample: Sample, special: re.Pattern[str]) -> None:

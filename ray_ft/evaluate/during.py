@@ -1,11 +1,12 @@
-"""Validation beside the training: answers to a few held-out rows by the newest checkpoint, while the workers go on.
+"""Validation beside the training: answers to a few held-out rows, and to prompts of one's own, by the newest
+checkpoint, while the workers go on.
 
 A thread here looks for committed checkpoints; a Ray actor, with GPUs of its own or none, loads the newest one's weights
 and answers. It lives for one validation, so that nothing of the cluster is held in between, and gives way as soon as
 the workers are lost, which may need its place to come back. Where training is faster, checkpoints between are passed
 over. Nothing that happens here ends or delays the training: it is said in a line.
 
-    <run>/eval/steps/step_00000100.json   and the same scores in <run>/tensorboard/validation
+    <run>/eval/steps/step_00000100.json   scores and answers; the same in <run>/tensorboard/validation
 
 Limits: for runs with workers (train.workers above 0), and for models that fit one GPU, as answers come from
 transformers; on CPUs it takes its share of cores that the workers compute on, at the lowest priority.
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,8 +26,9 @@ from ray_ft import paths
 from ray_ft.answers.found import Found
 from ray_ft.answers.target import Answer, Prompt, Sampling
 from ray_ft.errors import RecipeError, first_line
-from ray_ft.evaluate.questions import Question, held_out_questions
-from ray_ft.evaluate.report import TITLES, form
+from ray_ft.evaluate.curves import Curves
+from ray_ft.evaluate.questions import held_out_questions
+from ray_ft.evaluate.report import TITLES, form, sample, short
 from ray_ft.evaluate.scores import Scorer
 from ray_ft.recipe import Recipe
 from ray_ft.train import checkpoint, cluster
@@ -36,7 +37,7 @@ POLL_SECONDS = 2.0
 LAST_SECONDS = 900.0  # how long the end of a training waits for its last validation
 WAITING_SECONDS = 60.0  # without a place, after which people are told
 SAMPLES = 5  # answers that a result keeps
-SHOWN = ("accuracy", "macro_f1", "exact_match", "chrf", "bleu")
+SHOWN = ("accuracy", "macro_f1", "answer_match", "exact_match", "chrf", "bleu")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Validation:
         self._recipe, self._during, self._run = recipe, recipe.evaluate.during, recipe.run.dir
         self._free, self._over, self._stop, self._done = (threading.Event() for _ in range(4))
         self._say: Callable[[str], None] = lambda line: None
-        self._scalars: _Scalars | None = None
+        self._curves: Curves | None = None
 
     # What launch tells.
 
@@ -92,19 +93,21 @@ class Validation:
 
     def _watch(self) -> None:
         try:
-            self._questions = held_out_questions(self._recipe, self._during.max_rows)
+            held_out = self._recipe.data.eval
+            self._questions = held_out_questions(self._recipe, self._during.max_rows) if held_out else []
             self._scorer = Scorer(
                 [question.reference for question in self._questions],
                 [question.target_language for question in self._questions],
                 self._recipe.evaluate.labels,
+                [question.thinking for question in self._questions],
             )
             self._validate_as_due()
         except Exception as error:
             self._say(f"validation ended: {first_line(error)}; training goes on")
         finally:
             with contextlib.suppress(OSError):
-                if self._scalars:
-                    self._scalars.close()
+                if self._curves:
+                    self._curves.close()
             self._done.set()
 
     def _validate_as_due(self) -> None:
@@ -153,7 +156,7 @@ class Validation:
         began, told = time.monotonic(), False
         try:
             placed = actor.ready.remote()
-            reference = actor.answer.remote([question.prompt for question in self._questions])
+            reference = actor.answer.remote(self._prompts)
             while True:
                 ready, _ = ray.wait([reference], timeout=POLL_SECONDS / 2)
                 if ready:
@@ -167,66 +170,50 @@ class Validation:
         finally:
             ray.kill(actor)
 
-    def _record(self, step: int, answers: Sequence[Answer], seconds: float) -> None:
+    @property
+    def _prompts(self) -> list[Prompt]:
+        """Of the held-out rows, then one's own."""
+        own = [
+            Prompt(messages=[{"role": "user", "content": text}]) if self._recipe.data.chat else Prompt(text=text)
+            for text in self._during.prompts
+        ]
+        return [*(question.prompt for question in self._questions), *own]
+
+    def _record(self, step: int, given: Sequence[Answer], seconds: float) -> None:
+        answers, own = given[: len(self._questions)], given[len(self._questions) :]
         scored = self._scorer.scored([answer.text for answer in answers])
         scores = self._scorer.scores(scored)
-        failed = [answer.error for answer in answers if answer.error]
-        result = {
+        failed = [answer.error for answer in given if answer.error]
+        result: dict[str, Any] = {
             "step": step,
             "rows": len(answers),
             "failed": len(failed),
             "scores": scores,
             "signatures": self._scorer.signatures(),
             "seconds": seconds,
-            "samples": [_sample(*pair) for pair in zip(self._questions, answers, strict=True)][:SAMPLES],
+            "samples": [sample(*pair) for pair in zip(self._questions, answers, strict=True)][:SAMPLES],
+            "prompts": [
+                {"prompt": prompt, "answer": answer.text.strip(), **({"error": answer.error} if answer.error else {})}
+                for prompt, answer in zip(self._during.prompts, own, strict=True)
+            ],
         }
         paths.write_json(paths.join(self._run.validations, f"step_{step:08d}.json"), result)
-        self._scalars = self._scalars or _Scalars(self._run)
-        self._scalars.add(step, scores)
+        self._curves = self._curves or Curves(self._run)
+        self._curves.add(step, scores, {kind: result[kind] for kind in ("samples", "prompts")})
         shown = ", ".join(f"{TITLES[name]} {form(name, scores[name])}" for name in SHOWN if name in scores)
+        shown = shown or ", ".join(repr(short(answer.text)) for answer in own[:2])
         broken = f", {len(failed)} without an answer ({failed[0]})" if failed else ""
-        self._say(f"validation of step {step}: {shown} ({len(answers)} rows in {seconds:.0f} s{broken})")
+        self._say(f"validation of step {step}: {shown} ({len(given)} answers in {seconds:.0f} s{broken})")
 
 
 def _is_result(name: str) -> bool:
     return name.startswith("step_") and name.endswith(".json") and name[5:-5].isdigit()
 
 
-def _sample(question: Question, answer: Answer) -> dict[str, Any]:
-    return {
-        "prompt": question.asked,
-        "reference": question.reference,
-        "answer": answer.text.strip(),
-        "origin": question.origin,
-    }
-
-
 def _reason(error: BaseException) -> str:
     """The first line of what was raised in the actor, not of Ray's report on it."""
     cause = getattr(error, "cause", None)
     return first_line(cause if isinstance(cause, BaseException) else error)
-
-
-class _Scalars:
-    """Scores in TensorBoard, as a curve of their own beside the training's; on object stores uploaded each time."""
-
-    def __init__(self, run: paths.RunDir) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._location = paths.join(run.tensorboard, "validation")
-        self._remote = paths.is_uri(run.root)
-        self._folder = tempfile.mkdtemp(prefix="ray_ft_tb_") if self._remote else self._location
-        self._writer = SummaryWriter(self._folder)
-
-    def add(self, step: int, scores: dict[str, float]) -> None:
-        for name, value in scores.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
-        if self._remote:
-            paths.upload_dir(self._folder, self._location)
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class _Validator:

@@ -14,8 +14,9 @@ from ray_ft.data.files import public_name
 from ray_ft.data.lines import Reject
 from ray_ft.data.render import load_tokenizer, special_tokens
 from ray_ft.data.rows import Asked, Conversation, Joined, Labelled, columns_used, preferred, to_sample
+from ray_ft.data.thinking import split
 from ray_ft.errors import DataError
-from ray_ft.recipe import Recipe, Source, TranslationSource
+from ray_ft.recipe import Recipe, Source, Thinking, TranslationSource
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,18 @@ class Question:
 
     @property
     def reference(self) -> str:
+        """The row's answer, with what it thinks."""
         return self.sample.answer
+
+    @property
+    def said(self) -> str:
+        """The row's answer without what it thinks: what answers are compared with."""
+        return split(self.reference, self.thinking)[1]
+
+    @property
+    def thinking(self) -> Thinking | None:
+        """How thinking is marked in the answers to it, where they may think."""
+        return self.sample.thinking
 
     @property
     def pair(self) -> str | None:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ray_ft import paths
 from ray_ft.answers.target import Answer
+from ray_ft.data.thinking import split
 from ray_ft.evaluate.compare import Difference, compare
 from ray_ft.evaluate.labels import tables
 from ray_ft.evaluate.losses import Loss
@@ -23,7 +24,7 @@ from ray_ft.view import View
 WORST = 10  # examples that a report lists
 SAMPLES = 20
 SHOWN_GROUPS = 12  # language pairs, and sources, in the tables for people
-GROUP_SCORES = ("exact_match", "chrf", "bleu")  # which of their scores
+GROUP_SCORES = ("exact_match", "answer_match", "chrf", "bleu")  # which of their scores
 LABEL_SCORES = ("accuracy", "macro_f1")  # the same of a classifier
 TITLES = {
     "loss": "loss",
@@ -34,6 +35,7 @@ TITLES = {
     "rejected_reward": "reward of rejected",
     "logprob_accuracy": "accuracy by probability",
     "exact_match": "exact match",
+    "answer_match": "answer match",
     "chrf": "chrF",
     "bleu": "BLEU",
     "rouge1": "ROUGE-1",
@@ -76,16 +78,17 @@ def build(
     """
     labels = recipe.evaluate.labels
     references = [question.reference for question in questions]
-    scorer = Scorer(references, [question.target_language for question in questions], labels)
+    tags = [question.thinking for question in questions]
+    scorer = Scorer(references, [question.target_language for question in questions], labels, tags)
     scored, base_scored = (scorer.scored(one.texts) if one else None for one in (model, base))
     assert scored is not None
-    chrf = [sentence_chrf(text, reference) for text, reference in zip(model.texts, references, strict=True)]
-    each = [_example(number, question, model, base, chrf[number]) for number, question in enumerate(questions)]
+    each = [_example(number, question, model, base) for number, question in enumerate(questions)]
     wrong = [row for row in each if row["answer"] != row["reference"].strip()]
     everything = list(range(len(questions)))
-    found_labels = label_report(model.texts, references, labels) if labels else None
+    said, base_said = ([row[key] for row in each] for key in ("answer", "base_answer"))
+    found_labels = label_report(said, scorer.references, labels) if labels else None
     if found_labels is not None and base:
-        found_labels["base"] = label_report(base.texts, references, labels)
+        found_labels["base"] = label_report(base_said, scorer.references, labels)
     return {
         **head,
         "engine": model.engine,
@@ -154,15 +157,24 @@ def _differences(
     return {name: difference.as_json() for name, difference in found.items() if difference is not None}
 
 
-def _example(number: int, question: Question, model: System, base: System | None, chrf: float) -> dict[str, Any]:
-    answer = model.answers[number]
+def _example(number: int, question: Question, model: System, base: System | None) -> dict[str, Any]:
+    thought, said = split(base.texts[number], question.thinking) if base else (None, None)
+    found = sample(question, model.answers[number])
+    before = {"base_answer": said, **({"base_thinking": thought} if question.thinking else {})}
+    return {**found, **before, "chrf": sentence_chrf(found["answer"], found["reference"])}
+
+
+def sample(question: Question, answer: Answer) -> dict[str, Any]:
+    """What is compared, and beside it, where answers may think, the thinking of each."""
+    tags = question.thinking
+    thought, said = split(answer.text, tags)
+    wanted_thought, wanted = split(question.reference, tags) if tags else (None, question.reference)
     return {
         "prompt": question.asked,
-        "reference": question.reference,
-        "answer": model.texts[number],
-        "base_answer": base.texts[number] if base else None,
+        "reference": wanted,
+        "answer": said,
         "origin": question.origin,
-        "chrf": chrf,
+        **({"thinking": thought, "reference_thinking": wanted_thought} if tags else {}),
         **({"error": answer.error} if answer.error else {}),
     }
 
@@ -209,10 +221,10 @@ def show(found: dict[str, Any], view: View) -> None:
     for table in tables(found["labels"]) if labels else ():
         view.console.print(table)
     for example in found["worst"][:2]:
-        sure = f", {example['probability']:.1%} sure: {_short(example['prompt'])!r}" if labels else ""
-        view.line(
-            f"worst: {_short(example['answer'])!r} for {_short(example['reference'])!r} ({example['origin']}){sure}"
-        )
+        sure = f", {example['probability']:.1%} sure: {short(example['prompt'])!r}" if labels else ""
+        thought = f", thought {short(example['thinking'])!r}" if example.get("thinking") else ""
+        said = f"{short(example['answer'])!r} for {short(example['reference'])!r}"
+        view.line(f"worst: {said} ({example['origin']}){sure}{thought}")
 
 
 def _table(found: dict[str, Any]) -> Table:
@@ -238,14 +250,15 @@ def _groups(title: str, groups: dict[str, Any], names: tuple[str, ...]) -> Table
     # The more rows, the more is known; those left out, and all other scores, are in report.json.
     most = sorted(groups, key=lambda name: (-groups[name]["rows"], name))[:SHOWN_GROUPS]
     compared = any(group["base"] for group in groups.values())
+    scores = [name for name in names if any(name in group["model"] for group in groups.values())]
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column(title)
-    told = "chrf" if "chrf" in names else names[0]  # whose difference is shown
-    for heading in ("rows", *(TITLES[n] for n in names), *([f"{TITLES[told]}'s difference [95 %]"] * compared)):
+    told = "chrf" if "chrf" in scores else scores[0]  # whose difference is shown
+    for heading in ("rows", *(TITLES[n] for n in scores), *([f"{TITLES[told]}'s difference [95 %]"] * compared)):
         table.add_column(heading, justify="right")
     for name in most:
         group = groups[name]
-        cells = [_arrow(score, group) for score in names]
+        cells = [_arrow(score, group) for score in scores]
         cells += [_interval(told, group["difference"].get(told))] * compared
         table.add_row(escape(name), str(group["rows"]), *cells)
     if len(groups) > len(most):
@@ -260,6 +273,8 @@ def _values(system: dict[str, Any]) -> dict[str, float]:
 
 def _arrow(name: str, group: dict[str, Any]) -> str:
     model = form(name, group["model"].get(name))
+    if name not in group["model"]:  # none of the group's rows counts for it
+        return model
     return f"{form(name, group['base'].get(name))} → {model}" if group["base"] else model
 
 
@@ -279,6 +294,6 @@ def _interval(name: str, difference: dict[str, float] | None) -> str:
     return escape(f"{value} [{low}, {high}]")
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 70 else line[:69] + "…"

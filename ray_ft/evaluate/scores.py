@@ -1,9 +1,10 @@
-"""Answers against references: exact match, chrF, BLEU, ROUGE and, of labels, accuracy and F1.
+"""Answers against references: exact match, chrF, BLEU, ROUGE, of labels accuracy and F1, after thinking answer match.
 
 Every metric is a sum over rows of statistics, from whose total the score of any set of rows follows: of all, of one
 language pair, of a bootstrap's draw. chrF and BLEU are sacrebleu's, with its signatures; ROUGE is rouge-score's.
 Shares (exact match, accuracy, F1) are 0 to 1; chrF, BLEU and ROUGE 0 to 100. White space around a text does not count;
-an empty answer is an answer, and a wrong one.
+an empty answer is an answer, and a wrong one. Where answers think first, exact match is of the whole text, and every
+other score of what follows the thinking.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from ray_ft.data.thinking import split
+from ray_ft.recipe import Thinking
+
 OTHER = "(none of the labels)"  # stands for answers that are no label
 ROUGE = ("rouge1", "rouge2", "rougeL")
-SHARES = ("exact_match", "accuracy", "macro_f1")
+SHARES = ("exact_match", "answer_match", "accuracy", "macro_f1")
 
 #: BLEU's tokenizers of languages whose words the default 13a, made for spaces and European punctuation, does not find:
 #: (sacrebleu's name, module that it needs). The last is of characters, which needs nothing.
@@ -66,6 +70,19 @@ class ExactMatch(Mean):
 
     def statistics(self, answers: Sequence[str]) -> np.ndarray:
         return _column([float(a == r) for a, r in zip(answers, self._references, strict=True)])
+
+
+class AnswerMatch(Mean):
+    """What follows the thinking, of the rows whose answers may think."""
+
+    name = "answer_match"
+
+    def __init__(self, references: Sequence[str], thinking: Sequence[Thinking | None]) -> None:
+        self._references, self._thinking = references, thinking
+
+    def statistics(self, answers: Sequence[str]) -> np.ndarray:
+        rows = zip(answers, self._references, self._thinking, strict=True)
+        return np.array([(a == r, 1) if tags else (0, 0) for a, r, tags in rows], np.float64).reshape(-1, 2)
 
 
 class Accuracy(Mean):
@@ -248,24 +265,39 @@ class Scorer:
         references: the right answers.
         languages: the references' language codes, where known.
         labels: the answers that are labels; none: no label metrics.
+        thinking: how thinking is marked in each reference and its answer, where they may think.
     """
 
     def __init__(
-        self, references: Sequence[str], languages: Sequence[str | None] | None = None, labels: Sequence[str] = ()
+        self,
+        references: Sequence[str],
+        languages: Sequence[str | None] | None = None,
+        labels: Sequence[str] = (),
+        thinking: Sequence[Thinking | None] | None = None,
     ) -> None:
-        self.references = [reference.strip() for reference in references]
+        self._thinking = list(thinking or [None] * len(references))
+        self.references = self._said(references)
+        self._whole = ExactMatch([reference.strip() for reference in references])
         self._chrf = ChrF(self.references)
         self._bleu = Bleu(self.references, languages or [None] * len(references))
-        self.metrics: list[Metric] = [ExactMatch(self.references), self._chrf, self._bleu]
+        self.metrics: list[Metric] = [self._whole]
+        if any(self._thinking):
+            self.metrics.append(AnswerMatch(self.references, self._thinking))
+        self.metrics += [self._chrf, self._bleu]
         self.metrics += [Rouge(kind, self.references) for kind in ROUGE]
         if labels:
             self.metrics += [kind(self.references, labels) for kind in (Accuracy, MacroF1)]
 
     def scored(self, answers: Sequence[str]) -> Scored:
-        stripped = [answer.strip() for answer in answers]
-        if not stripped:
+        if not answers:
             return Scored({})
-        return Scored({metric.name: metric.statistics(stripped) for metric in self.metrics})
+        whole, said = [answer.strip() for answer in answers], self._said(answers)
+        return Scored(
+            {metric.name: metric.statistics(whole if metric is self._whole else said) for metric in self.metrics}
+        )
+
+    def _said(self, texts: Sequence[str]) -> list[str]:
+        return [split(text, tags)[1] for text, tags in zip(texts, self._thinking, strict=True)]
 
     def scores(self, scored: Scored, rows: Sequence[int] | None = None) -> dict[str, float]:
         """Name → score over some rows, by default all; without those that no row of them counts for."""

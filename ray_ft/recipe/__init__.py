@@ -7,6 +7,7 @@ never dictionaries. Nothing here imports torch or ray.
 """
 
 from ray_ft.recipe.data import (
+    AnswerSource,
     AnySource,
     Data,
     LabelsSource,
@@ -17,6 +18,7 @@ from ray_ft.recipe.data import (
     Task,
     TemplateSource,
     TextSource,
+    Thinking,
     TranslationSource,
     template_fields,
 )
@@ -33,6 +35,7 @@ __all__ = [
     "FSDP",
     "PBT",
     "Adapter",
+    "AnswerSource",
     "AnySource",
     "Budget",
     "Checkpoint",
@@ -58,6 +61,7 @@ __all__ = [
     "Task",
     "TemplateSource",
     "TextSource",
+    "Thinking",
     "Train",
     "TranslationSource",
     "Tune",

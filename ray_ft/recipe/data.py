@@ -22,7 +22,37 @@ class Source(Section):
         return [paths.absolute(one) for one in ([path] if isinstance(path, str) else path)]
 
 
-class MessagesSource(Source):
+class Thinking(Section):
+    """Answers that think first: how the thinking is marked, and whether it is trained."""
+
+    open: str = "<think>"
+    """What the thinking begins with."""
+    close: str = "</think>"
+    """What the thinking ends with; what follows is what the answer says."""
+    train: bool = True
+    """Train the thinking like the rest; false: it is read, and neither it nor its tags are targets of the loss."""
+
+    @model_validator(mode="after")
+    def _tell_apart(self) -> Thinking:
+        for name in ("open", "close"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"{name} is {getattr(self, name)!r}, which is in any text; name a tag such as <think>")
+        if self.open in self.close or self.close in self.open:
+            raise ValueError(
+                f"open {self.open!r} and close {self.close!r} cannot be told apart, as one holds the other; name others"
+            )
+        return self
+
+
+class AnswerSource(Source):
+    """Whose answers are texts of the rows' own."""
+
+    thinking: Thinking | None = None
+    """Answers may think first, between tags: rows are checked for it, and scores are of what follows; {} has the usual
+    tags. null: tags are text like any other."""
+
+
+class MessagesSource(AnswerSource):
     """Conversations: a list of {role, content}; every assistant turn is trained."""
 
     format: Literal["messages"]
@@ -30,7 +60,7 @@ class MessagesSource(Source):
     """Column with the list of messages."""
 
 
-class PromptCompletionSource(Source):
+class PromptCompletionSource(AnswerSource):
     """Two columns: what is asked and what is answered."""
 
     format: Literal["prompt_completion"]
@@ -90,7 +120,7 @@ class TextSource(Source):
     """Column with the text."""
 
 
-class TemplateSource(Source):
+class TemplateSource(AnswerSource):
     """Prompt and answer built from any named columns."""
 
     format: Literal["template"]
@@ -203,6 +233,11 @@ class Data(Section):
     """Keep the tokens of training rows in run.storage; off: keep an index, and tokenize each time rows are read."""
     ledger: bool = False
     """Record which samples each step used, as file:line, in the run directory."""
+
+    @property
+    def chat(self) -> bool:
+        """Whether any source is trained in the model's chat template."""
+        return any(getattr(source, "chat", source.format != "text") for source in self.train)
 
     @property
     def task(self) -> Task:

@@ -61,10 +61,10 @@ class Recipe(Section):
                     "evaluate.during answers beside the workers, and train.workers is 0; set train.workers to at least "
                     "1, or evaluate.during: null"
                 )
-            if not self.data.eval:
+            if not self.data.eval and not self.evaluate.during.prompts:
                 raise ValueError(
-                    "evaluate.during answers held-out rows, and data.eval names none; name some, or set "
-                    "evaluate.during: null"
+                    "evaluate.during answers held-out rows, and data.eval names none; name some, give prompts of your "
+                    "own in evaluate.during.prompts, or set evaluate.during: null"
                 )
         return self
 

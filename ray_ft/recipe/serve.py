@@ -17,6 +17,9 @@ class During(Section):
     """Steps between evaluations; each takes the newest checkpoint, so train.checkpoint.every bounds it."""
     max_rows: Annotated[int, Field(ge=1)] = 50
     """Held-out rows that are answered each time."""
+    prompts: list[Annotated[str, Field(min_length=1)]] = []
+    """Prompts of your own that are answered each time too, to be read: what a user says, or with data.train that has no
+    chat template the text to go on with."""
     gpus: Annotated[int, Field(ge=0)] = 1
     """GPUs that it asks for beside the workers', where the run is on GPUs; 0: it answers on CPU."""
 

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 POINTS = 2000
 TABLE_ROWS = 40  # of a run, in the table beneath the charts
 
 #: Names of colours that the page's script replaces, so that they fit light, dark and print.
 FIRST, SECOND, THIRD = "@first", "@second", "@third"
+COLOURS, DASHES = (FIRST, SECOND, THIRD), ("solid", "dot", "dash")
+MOST_SOURCES = len(COLOURS) * len(DASHES)  # lines that can be told apart
 
 
 @dataclass(frozen=True)
@@ -49,17 +53,22 @@ def thinned(rows: Sequence[Mapping[str, Any]], most: int = POINTS) -> list[Mappi
     if len(rows) <= most:
         return list(rows)
     evaluated = [at for at, row in enumerate(rows) if row.get("eval_loss") is not None]
-    return [rows[at] for at in sorted({*_even(range(len(rows)), most), *_even(evaluated, most)})]
+    return [rows[at] for at in sorted({*even(range(len(rows)), most), *even(evaluated, most)})]
 
 
-def _even(places: Sequence[int], most: int) -> Sequence[int]:
+def even(places: Sequence[T], most: int) -> Sequence[T]:
+    """At most `most` of some things, evenly spaced, the first and the last among them."""
     if len(places) <= most:
         return places
     return [places[round(at * (len(places) - 1) / (most - 1))] for at in range(most)]
 
 
-def training(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """The curves of a run; a column without a number gives none."""
+def training(rows: Sequence[Mapping[str, Any]], sources: Mapping[str, Mapping[str, str]] | None = None) -> list[Chart]:
+    """The curves of a run; a column without a number gives none.
+
+    Args:
+        sources: columns of losses by source, with each one's name for people, by the title of their chart.
+    """
     shown = thinned(rows)
     charts = []
     labels = any(row.get("accuracy") is not None for row in shown)
@@ -74,6 +83,22 @@ def training(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
             figure = _figure(lines, of)
             figure["layout"]["showlegend"] = len(lines) > 1
             charts.append(Chart(title, figure, f"mean over the {unit}s of a step", wide=True))
+    for title, columns in (sources or {}).items():
+        found = [
+            (column, name) for column, name in columns.items() if any(row.get(column) is not None for row in shown)
+        ]
+        lines = [
+            _line(shown, column, plain(name), COLOURS[at % 3], dash=DASHES[at // 3], markers=column.startswith("eval"))
+            for at, (column, name) in enumerate(found[:MOST_SOURCES])
+        ]
+        if lines:
+            figure = _figure(lines, per)
+            more = (
+                f"; the first {MOST_SOURCES} of {len(found)}, all are in metrics.jsonl"
+                if len(found) > MOST_SOURCES
+                else ""
+            )
+            charts.append(Chart(title, figure, f"mean over each source's {unit}s{more}", wide=True))
     for key, title, unit, note in CURVES:
         line = _line(shown, key, title, FIRST, markers=key == "checkpoint_seconds")
         if not line["x"]:
@@ -150,7 +175,6 @@ def differences(rows: Sequence[Mapping[str, Any]], base: str = "base model") -> 
 def over_steps(validations: Sequence[tuple[int, Mapping[str, float]]], title: str, note: str) -> Chart | None:
     """One line for each score, over the steps of the checkpoints that were evaluated beside the training."""
     names = list(dict.fromkeys(name for _, scores in validations for name in scores))
-    colours = (FIRST, SECOND, THIRD)
     lines = []
     for number, name in enumerate(names):
         points = [(step, scores[name]) for step, scores in validations if scores.get(name) is not None]
@@ -161,7 +185,7 @@ def over_steps(validations: Sequence[tuple[int, Mapping[str, float]]], title: st
                 "name": plain(name),
                 "x": [step for step, _ in points],
                 "y": [value for _, value in points],
-                "line": {"color": colours[number % 3], "dash": ("solid", "dot", "dash")[number // 3 % 3]},
+                "line": {"color": COLOURS[number % 3], "dash": DASHES[number // 3 % 3]},
             }
         )
     return Chart(title, _figure(lines, ""), note, wide=True) if lines else None
@@ -199,7 +223,13 @@ def plain(text: str) -> str:
 
 
 def _line(
-    rows: Sequence[Mapping[str, Any]], key: str, name: str, colour: str, *, markers: bool = False
+    rows: Sequence[Mapping[str, Any]],
+    key: str,
+    name: str,
+    colour: str,
+    *,
+    dash: str = "solid",
+    markers: bool = False,
 ) -> dict[str, Any]:
     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     return {
@@ -208,7 +238,7 @@ def _line(
         "name": name,
         "x": [step for step, _ in points],
         "y": [value for _, value in points],
-        "line": {"color": colour, "width": 2},
+        "line": {"color": colour, "width": 2, "dash": dash},
         "marker": {"color": colour, "size": 6},
     }
 

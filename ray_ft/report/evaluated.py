@@ -10,10 +10,13 @@ from ray_ft.report.blocks import Answers, Charts, Missing, Section, Table, Text,
 from ray_ft.report.reading import Record
 
 LOSSES = ("loss", "perplexity", "reward_margin", "chosen_reward", "rejected_reward")  # of any size
-SHARES = ("exact_match", "accuracy", "macro_f1", "reward_accuracy", "logprob_accuracy")  # 0 to 1; others are 0 to 100
+SHARES = (  # 0 to 1; others are 0 to 100
+    "exact_match", "answer_match", "accuracy", "macro_f1", "reward_accuracy", "logprob_accuracy",
+)  # fmt: skip
 MOST_LABELS = 40  # of the confusion that is drawn
 MOST_COUNTS = 100  # labels of the one that is a table
 MOST_ANSWERS = 50  # of each kind
+MOST_STEPS = 8  # whose answers to one prompt are shown
 MOST_TEXT = 4000  # characters of a prompt or an answer
 GROUPS = {"language_pair": "Per language pair", "source": "Per source", "label": "Per label"}
 
@@ -59,7 +62,7 @@ def validations(record: Record) -> Section:
             )
         )
         return section
-    each = [(step, numbers(report)) for step, report in record.validations]
+    each = [(step, _finite(report.get("scores") or {})) for step, report in record.validations]
     names = list(dict.fromkeys(name for _, scores in each for name in scores))
     shares = [(step, {n: v for n, v in scores.items() if n in SHARES}) for step, scores in each]
     others = [(step, {n: v for n, v in scores.items() if n not in (*LOSSES, *SHARES)}) for step, scores in each]
@@ -70,7 +73,32 @@ def validations(record: Record) -> Section:
     section.blocks.append(Charts([chart for chart in drawn if chart]))
     rows = [(number(step), *(form(name, scores.get(name)) for name in names)) for step, scores in each]
     section.blocks.append(Table(("step", *map(title, names)), rows, "Every validation", (), closed=True))
+    for kind, caption in (("prompts", "Your prompts, step by step"), ("samples", "Held-out rows, step by step")):
+        if items := _over_steps([(step, report.get(kind) or []) for step, report in record.validations]):
+            section.blocks.append(Answers(items, caption))
     return section
+
+
+def _over_steps(each: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) -> list[Any]:
+    """Each prompt with its answers after some of the steps, evenly spaced, the first and the last among them."""
+    found: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    for step, rows in each:
+        for row in rows:
+            found.setdefault(_asked(row.get("prompt")), []).append((step, row))
+    items = []
+    for asked, answers in list(found.items())[:MOST_ANSWERS]:
+        sides: list[tuple[str, str, bool | None]] = []
+        for step, row in charts.even(answers, MOST_STEPS):
+            text = str(row.get("answer") or row.get("error") or "")
+            if row.get("thinking"):
+                sides.append((f"step {step:,}, thinking", _cut(str(row["thinking"])), None))
+            good = text == str(row["reference"]).strip() if row.get("reference") else None
+            sides.append((f"step {step:,}", _cut(text), good))
+        last = answers[-1][1]
+        if last.get("reference"):
+            sides.append(("reference", _cut(str(last["reference"])), None))
+        items.append((_cut(asked), str(last.get("origin", "")), sides))
+    return items
 
 
 def samples(record: Record) -> Section:
@@ -94,7 +122,10 @@ def numbers(report: Mapping[str, Any]) -> dict[str, float]:
     """Loss, perplexity, statistics and scores of one side of a report, by name."""
     side = report.get("model") or {}
     flat = {name: side.get(name) for name in LOSSES}
-    flat |= dict(side.get("statistics") or {}) | dict(side.get("scores") or {})
+    return _finite(flat | dict(side.get("statistics") or {}) | dict(side.get("scores") or {}))
+
+
+def _finite(flat: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in flat.items() if isinstance(value, int | float)}
 
 
@@ -231,11 +262,18 @@ def _before(labels: Mapping[str, Any], name: str) -> str:
 def _answered(row: Mapping[str, Any]) -> tuple[str, str, list[tuple[str, str, bool | None]]]:
     reference = str(row.get("reference", ""))
     sides: list[tuple[str, str, bool | None]] = []
-    for name, key in (("base model", "base_answer"), ("model", "answer")):
+    for name, key, thought in (
+        ("base model", "base_answer", "base_thinking"),
+        ("model", "answer", "thinking"),
+    ):
+        if row.get(thought):
+            sides.append((f"{name}, thinking", _cut(str(row[thought])), None))
         if row.get(key) is not None:
             text = str(row[key])
             sides.append((name, _cut(text), text.strip() == reference.strip() if reference else None))
     asked = _cut(_asked(row.get("prompt")))
+    if row.get("reference_thinking"):
+        sides.append(("reference, thinking", _cut(str(row["reference_thinking"])), None))
     return asked, str(row.get("origin", "")), [*sides, ("reference", _cut(reference), None)]
 
 

@@ -144,6 +144,13 @@ class Record:
         """A setting of the recipe by its path, or None."""
         return _setting(self.recipe, key)
 
+    def sources(self, split: str) -> list[str]:
+        """What people call each source of a split: its files' names, and where two have the same, its number."""
+        paths_of = [source.get("path") for source in self.setting(f"data.{split}") or []]
+        each = [[found] if isinstance(found, str) else list(found or []) for found in paths_of]
+        names = [", ".join(paths.base_name(str(one).rstrip("/")) for one in found) for found in each]
+        return [f"{name} ({at})" if names.count(name) > 1 or not name else name for at, name in enumerate(names)]
+
     def clean(self, content: Any) -> Any:
         """The same without credentials, in whatever string they stand: of the run's URI and of those in the recipe."""
         if isinstance(content, dict):

@@ -47,7 +47,8 @@ def training(record: Record) -> Section:
     if not record.rows:
         section.blocks.append(Missing("This run has no metrics yet.", "ray-ft train RECIPE"))
         return section
-    drawn = charts.training(record.rows)
+    by_source = _by_source(record)
+    drawn = charts.training(record.rows, by_source)
     section.blocks.append(Charts(drawn))
     if len(record.rows) > charts.POINTS:
         section.blocks.append(
@@ -63,7 +64,25 @@ def training(record: Record) -> Section:
         f"{len(rows):,} of {len(record.rows):,} rows of metrics" if len(rows) < len(record.rows) else "Rows of metrics"
     )
     section.blocks.append(Table(("step", *(TITLES[name] for name in names)), cells, some, (), closed=True))
+    for title, columns in by_source.items():
+        held = [row for row in rows if any(row.get(name) is not None for name in columns)]
+        if held:
+            cells = [(number(row["step"]), *(number(row.get(name)) for name in columns)) for row in held]
+            section.blocks.append(Table(("step", *columns.values()), cells, title, (), closed=True))
     return section
+
+
+def _by_source(record: Record) -> dict[str, dict[str, str]]:
+    """Title → column of metrics.jsonl → the source's name; without those that are no mixture."""
+    found: dict[str, dict[str, str]] = {}
+    for split, title, prefix in (
+        ("train", "Training loss by source", ""),
+        ("eval", "Held-out loss by source", "eval_"),
+    ):
+        names = record.sources(split)
+        if len(names) > 1:
+            found[title] = {f"{prefix}loss/data.{split}.{at}": name for at, name in enumerate(names)}
+    return found
 
 
 def data(record: Record) -> Section:

@@ -120,9 +120,9 @@ def test_two_fsdp_workers_on_ray_train_as_one_process_does(trained: Recipe, make
 
 
 def test_labels_are_trained_by_two_workers_as_by_one_and_judged_on_every_row(
-    ray_cluster: None, make: Make, demo: DemoPaths, view: View
+    ray_cluster: None, make: Make, label_files: tuple[str, str], view: View
 ) -> None:
-    train, heldout = ([{"path": file, "format": "labels"}] for file in demo.labelled)
+    train, heldout = ([{"path": file, "format": "labels"}] for file in label_files)
     labels = {"model.labels": ["en", "fr", "es", "de"], "data.train": train, "data.eval": heldout}
     labels |= {"train.class_weights": "balanced", "train.strategy": "zero3"}
     recipe = make(**on_ray(name="labels", **labels))
@@ -210,14 +210,10 @@ def test_evaluation_finds_the_loss_that_training_reported(trained: Recipe, view:
 
 
 def test_preferences_on_two_workers_as_in_one_process_and_evaluated(
-    ray_cluster: None, demo: DemoPaths, make: Make, view: View, tmp_path: Path
+    ray_cluster: None, pair_files: tuple[str, str], make: Make, view: View, tmp_path: Path
 ) -> None:
-    pairs: dict[str, Any] = {}
-    for split, name, count in (("train", "train", 120), ("eval", "heldout", 30)):
-        lines = Path(demo.preferences, f"{name}.jsonl").read_text().splitlines(keepends=True)[:count]
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-        pairs[f"data.{split}"] = [{"path": str(tmp_path / f"{name}.jsonl"), "format": "preference"}]
-    settings = {**pairs, "data.seq_len": 192, "train.max_steps": 3}
+    train, heldout = ([{"path": file, "format": "preference"}] for file in pair_files)
+    settings = {"data.train": train, "data.eval": heldout, "data.seq_len": 192, "train.max_steps": 3}
     recipe = make(**on_ray(name="pairs", **settings))
     launch.train(recipe, view)
     storage = str(tmp_path)  # where nothing that Ray Data has computed lies

@@ -89,9 +89,9 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def trained(demo: DemoPaths, tmp_path_factory: pytest.TempPathFactory) -> str:
+def trained(demo: DemoPaths, label_files: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """The run directory of a classifier that was trained for some steps, and exported."""
-    train, heldout = ([{"path": file, "format": "labels"}] for file in demo.labelled)
+    train, heldout = ([{"path": file, "format": "labels"}] for file in label_files)
     recipe = recipe_of(
         demo, tmp_path_factory.mktemp("runs"), "run.name=tongues", 'model.labels=["en", "fr", "es", "de"]',
         f"data.train={json.dumps(train)}", f"data.eval={json.dumps(heldout)}", "train.max_steps=12",

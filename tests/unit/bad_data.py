@@ -43,6 +43,10 @@ FILE = "data.jsonl"
 GOOD = [{"text": f"good row {n} é 😀"} for n in range(3)]
 
 
+#: A source whose answers think.
+THINKING = {"format": "prompt_completion", "chat": False, "thinking": {"open": "<t>", "close": "</t>"}}
+
+
 def line(row: Any) -> bytes:
     return row if isinstance(row, bytes) else json.dumps(row).encode()
 
@@ -205,6 +209,22 @@ def _rows() -> list[Case]:
             {f"{FILE}:2": "a b"},
             {f"{FILE}:1": "field 'completion' is empty"},
             source={"format": "prompt_completion", "chat": False},
+        ),
+        *(
+            Case(
+                name,
+                {FILE: jsonl({"prompt": "a ", "completion": answer}, {"prompt": "a ", "completion": "<t>b</t>c"})},
+                {f"{FILE}:2": "a <t>b</t>c"},
+                {f"{FILE}:1": reason},
+                source=dict(THINKING),
+            )
+            for name, answer, reason in (
+                ("thinking without its end", "<t>b c", "thinking is not closed"),
+                ("thinking without its beginning", "b</t>c", "thinking is closed but not opened"),
+                ("thinking within thinking", "<t>a<t>b</t>c", "thinking within thinking"),
+                ("thinking twice", "<t>a</t>b<t>a</t>c", "thinks twice in one answer"),
+                ("thinking and no answer", "<t>a</t>", "nothing after the thinking"),
+            )
         ),
         Case(
             "all tokens masked: cut before the answer",

@@ -75,6 +75,51 @@ def test_same_seed_same_bytes_other_seed_other_numbers(demo: DemoPaths, tmp_path
     assert contents(other)["base/model.safetensors"] != contents(demo)["base/model.safetensors"]
 
 
+@pytest.mark.parametrize("task", ["reasoning", "mixture"])
+def test_sums_are_true_and_no_pair_is_held_out_and_trained(task: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    made = write_demo(str(tmp_path / "demo"), task=task, **SMALL)
+    files = [path for path in made.train if "translation" not in path]
+    assert len(files) == 3 and len(made.train) == (3 if task == "reasoning" else 6)
+    train = train_rows(replace(made, train=tuple(files)))
+    heldout = pq.read_table(made.heldout if task == "reasoning" else f"{made.heldout}/reasoning.parquet").to_pylist()
+    assert len(train) == (SMALL["rows"] if task == "reasoning" else SMALL["rows"] - SMALL["rows"] // 2)
+    assert len(heldout) == HELDOUT
+    rows = train + heldout
+    assert len({row["question"] for row in rows}) == len(rows)
+    for row in rows:
+        one, other = map(int, row["question"].split("+"))
+        assert int(row["answer"]) == one + other
+        digits, carry = [], 0
+        for place, step in zip(("ones", "tens", "hundreds"), row["reasoning"].split(", "), strict=True):
+            name, terms = step.split(" ")
+            a, b, c, total = map(int, terms.replace("=", "+").split("+"))
+            assert (name, c, total) == (place, carry, a + b + c)
+            digits.insert(0, str(total if place == "hundreds" else total % 10))
+            carry = total // 10
+        assert "".join(digits) == row["answer"]
+    assert write_demo(str(tmp_path / "demo"), task=task, **SMALL).reused
+    tokenizer = AutoTokenizer.from_pretrained(made.base)
+    assert len(tokenizer("1278", add_special_tokens=False).input_ids) == 4  # digits one by one
+    assert len(tokenizer(" hundreds", add_special_tokens=False).input_ids) == 1
+
+
+def test_another_task_replaces_the_folder_and_an_unknown_one_is_refused(tmp_path: Path) -> None:
+    settings = {**SMALL, "rows": 31}
+    write_demo(str(tmp_path), **settings)
+    mixed = write_demo(str(tmp_path), task="mixture", **settings)
+    assert {str(p) for p in (tmp_path / "train").rglob("*") if p.is_file()} == set(mixed.train)
+    plain = write_demo(str(tmp_path), task="reasoning", **settings)
+    assert not plain.reused
+    assert {str(p) for p in (tmp_path / "train").rglob("*") if p.is_file()} == set(plain.train)
+    with pytest.raises(DataError, match="no demo of 'poetry'") as caught:
+        write_demo(str(tmp_path), task="poetry")
+    assert "translation, reasoning" in str(caught.value)
+    with pytest.raises(DataError, match="rows = 2 "):
+        write_demo(str(tmp_path), task="reasoning", rows=2)
+
+
 def test_second_call_reuses_and_other_settings_replace(tmp_path: Path) -> None:
     settings = {**SMALL, "rows": 31}
     folder = str(tmp_path / "demo")
@@ -98,11 +143,11 @@ def test_second_call_reuses_and_other_settings_replace(tmp_path: Path) -> None:
 
 
 def test_interrupted_call_is_not_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray_ft import demo as module
+    from ray_ft.demo import write as module
 
     settings = {**SMALL, "rows": 31}
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_write_base", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(module, "write_base", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             write_demo(str(tmp_path), **settings)
     made = write_demo(str(tmp_path), **settings)

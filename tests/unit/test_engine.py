@@ -519,8 +519,8 @@ def test_clients_of_this_machine_use_no_proxy(behind_proxy: int, monkeypatch: py
     question = Question(
         "held-out:1", Conversation(({"role": "user", "content": "one"}, {"role": "assistant", "content": "ok"}))
     )
-    with quickstart._serving(["serve"], behind_proxy, "k") as url:
-        assert quickstart._ask(url, "k", "demo", [question], 8) == ["ok"]
+    with quickstart.serving(["serve"], behind_proxy, "k") as url:
+        assert quickstart.ask(url, "k", "demo", [question], 8) == ["ok"]
         clock = iter([0.0, 100.0])  # one failure is too late
         monkeypatch.setattr(run, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
         run._wait_for_http(url, lambda phase: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -210,6 +211,53 @@ def test_each_validation_takes_the_newest_checkpoint_when_due(recipe: Recipe, mo
     again.begin()
     again.ended(True)
     assert again.attempts == []
+
+
+def test_prompts_of_ones_own_are_answered_too_and_kept_by_step(
+    demo: DemoPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = 'evaluate.during={"every": 10, "max_rows": 4, "prompts": ["Say <b>two</b>.", "And?"]}'
+    recipe = recipe_for(demo, tmp_path, "train.workers=1", settings)
+
+    def answers(step: int) -> Answered:
+        own = [Answer(f"two of {step}", "stop", 1, 1), Answer.failed("too long")]
+        return Answered(step, [*(right(recipe)(step).answers or []), *own])
+
+    beside = Clockwork(recipe, monkeypatch, answers)
+    beside.begin()
+    beside.resumed()
+    for step in (10, 20):
+        beside.committed = [step]
+        until(lambda step=step: f"step_000000{step}.json" in beside.results())  # type: ignore[misc]
+    beside.ended(True)
+    assert [prompt.messages for prompt in beside._prompts][-1] == [{"role": "user", "content": "And?"}]
+    found = paths.read_json(paths.join(recipe.run.dir.validations, "step_00000020.json"))
+    assert found["prompts"][0] == {"prompt": "Say <b>two</b>.", "answer": "two of 20"}
+    assert found["prompts"][1]["error"] == "too long" and found["failed"] == 1
+    assert found["rows"] == len(found["samples"]) == 4 and found["scores"]["exact_match"] == 1  # of held-out rows alone
+    board = EventAccumulator(paths.join(recipe.run.dir.tensorboard, "validation"))
+    board.Reload()
+    texts = board.Tensors("prompts/0/text_summary")
+    assert [text.step for text in texts] == [10, 20]
+    assert texts[1].tensor_proto.string_val[0].decode() == "prompt:\n\n    Say <b>two</b>.\n\nanswer:\n\n    two of 20"
+    assert b"reference:" in board.Tensors("samples/3/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_prompts_need_no_held_out_rows_and_follow_the_template_only_where_training_does(
+    demo: DemoPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = 'evaluate.during={"every": 10, "prompts": ["Once"]}'
+    plain = {"path": demo.train[0], "format": "text", "field": "source_text"}
+    data = ["data.eval=[]", f"data.train={json.dumps([plain])}"]
+    recipe = recipe_for(demo, tmp_path, "train.workers=1", *data, settings)
+    beside = Clockwork(recipe, monkeypatch, lambda step: Answered(step, [Answer("upon", "stop", 1, 1)]))
+    beside.committed = [10]
+    beside.begin()
+    beside.ended(True)
+    assert [prompt.text for prompt in beside._prompts] == ["Once"]
+    assert beside.lines[0].startswith("validation of step 10: 'upon' (1 answers in")
 
 
 def test_a_validation_that_fails_is_said_once_and_the_next_is_made(

@@ -95,6 +95,20 @@ def test_examples_mark_exactly_the_trained_tokens(
     assert "\x1b[1;32mdeux<end_of_turn>\x1b[0m" in coloured and "⟦" not in coloured
 
 
+def test_thinking_that_is_masked_stands_outside_the_targets(
+    make_recipe: Callable[..., Recipe], shown: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps({"q": "one", "r": "two", "a": "three"}) + "\n")
+    source = {"format": "template", "path": str(tmp_path / "data.jsonl"), "prompt": "{q}"}
+    source["completion"] = "<think>{r}</think>{a}"
+    for thinking, expected in (
+        ({"train": False}, "model⏎<think>two</think>⟦three<end_of_turn>⟧"),
+        ({}, "model⏎⟦<think>two</think>three<end_of_turn>⟧"),
+    ):
+        recipe = make_recipe("data.eval=[]", sources=[{**source, "thinking": thinking}])
+        assert expected in shown(recipe, examples=1)[0]
+
+
 def test_as_many_examples_are_shown_as_asked_for_each_from_another_row(
     make_recipe: Callable[..., Recipe], shown: Callable[..., Any]
 ) -> None:

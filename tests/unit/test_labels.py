@@ -23,7 +23,8 @@ from ray_ft.data.pack import START, TRAINED
 from ray_ft.data.prepare import check, prepare
 from ray_ft.data.render import Renderer, Tokens, load_tokenizer
 from ray_ft.data.rows import Labelled, to_sample
-from ray_ft.demo import LABELS, DemoPaths
+from ray_ft.demo import DemoPaths
+from ray_ft.demo.labels import LABELS
 from ray_ft.errors import DataError, RecipeError
 from ray_ft.recipe import LabelsSource, Recipe
 from ray_ft.train.objective import class_weights
@@ -253,8 +254,8 @@ def test_epochs_end_at_the_step_that_uses_their_last_row(labelled: Callable[...,
     assert [step for step in range(1, 4) if ends_epoch(order, 10, step)] == [1, 2, 3]
 
 
-def test_the_demo_has_rows_with_labels_and_no_number_in_both_files(demo: DemoPaths) -> None:
-    parts = [[json.loads(line) for line in Path(file).read_text().splitlines()] for file in demo.labelled]
+def test_the_demo_has_rows_with_labels_and_no_number_in_both_files(label_files: tuple[str, str]) -> None:
+    parts = [[json.loads(line) for line in Path(file).read_text().splitlines()] for file in label_files]
     train, heldout = parts
     assert {row["label"] for row in train} == {row["label"] for row in heldout} == set(LABELS)
     assert not {row["text"] for row in train} & {row["text"] for row in heldout}

@@ -42,10 +42,10 @@ def quiet() -> View:
 
 
 @pytest.fixture(scope="module")
-def rows(demo: DemoPaths, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
+def rows(label_files: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
     """300 rows to train on, and two files of 40 held-out ones; a few of the latter have a wrong label."""
     folder = tmp_path_factory.mktemp("rows")
-    train, heldout = ([json.loads(line) for line in Path(f).read_text().splitlines()] for f in demo.labelled)
+    train, heldout = ([json.loads(line) for line in Path(f).read_text().splitlines()] for f in label_files)
     wrong = [
         {**row, "label": NAMES[NAMES.index(row["label"]) - 1]} if at < 3 else row for at, row in enumerate(heldout)
     ]

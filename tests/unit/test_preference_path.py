@@ -23,7 +23,7 @@ from ray_ft.data.pack import pairs
 from ray_ft.data.prepare import prepare
 from ray_ft.data.rows import Pair
 from ray_ft.data.stream import in_process
-from ray_ft.demo import DemoPaths
+from ray_ft.demo import DemoPaths, preference
 from ray_ft.evaluate.losses import Judged, _Judge
 from ray_ft.export.checks.text import real_samples
 from ray_ft.inspect import show
@@ -52,9 +52,10 @@ def recipe_for(demo: DemoPaths, storage: Path, *overrides: str, lines: int = 60)
     """Over the first pairs of the demo."""
     folder = storage / "pairs"
     folder.mkdir(exist_ok=True)
+    drawn = preference.draw(600, 0)[""]
     for name, count in (("train", lines), ("heldout", 20)):
-        kept = Path(demo.preferences, f"{name}.jsonl").read_text().splitlines(keepends=True)[:count]
-        (folder / f"{name}.jsonl").write_text("".join(kept))
+        kept = getattr(drawn, name)[:count]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
     options = [
         f"data.train=[{{path: {folder}/train.jsonl, format: preference}}]",
         f"data.eval=[{{path: {folder}/heldout.jsonl, format: preference}}]",

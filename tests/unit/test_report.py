@@ -111,6 +111,13 @@ def test_a_trained_run_is_shown_with_all_it_has(make_recipe: Callable[..., Recip
     for title in ("Learning rate", "Gradient norm", "Throughput", "Waiting for data", "Peak memory of a worker"):
         assert len(page.figure(title)["data"][0]["y"]) == 3
     assert page.figure("Length of samples")["data"][0]["type"] == "bar"
+    # Both sources have the same file last, and the second one more: they are told apart by their names.
+    by_source = page.figure("Training loss by source")["data"]
+    names = [line["name"] for line in by_source]
+    assert names[1] == "bad.jsonl, part-0.jsonl" and names[0].startswith("part-0.jsonl, part-1")
+    assert [line["y"] for line in by_source] == [
+        [row[f"loss/data.train.{at}"] for row in rows if f"loss/data.train.{at}" in row] for at in (0, 1)
+    ]
     assert "complete after 3 steps" in page.text
     assert f"sha256 {recipe.sha256}" in page.text
     for reject in map(json.loads, Path(recipe.run.dir.rejects).read_text().splitlines()):
@@ -191,6 +198,27 @@ def test_credentials_of_uris_are_on_no_page(run: RunDir) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ what is not there
+
+
+def test_sources_of_one_name_are_told_apart_and_only_so_many_are_drawn(run: RunDir) -> None:
+    content = yaml.safe_load(Path(run.recipe).read_text())
+    content["data"]["train"] = [{"path": [f"{at}/<a>.jsonl"], "format": "text"} for at in range(11)]
+    content["data"]["eval"] = [{"path": ["held.jsonl"], "format": "text"}, {"path": ["b/"], "format": "text"}]
+    paths.write_text(run.recipe, yaml.safe_dump(content))
+    losses = {f"loss/data.train.{at}": float(at) for at in range(11)}
+    held = {"eval_loss": 1.0, "eval_loss/data.eval.0": 2.0, "eval_loss/data.eval.1": 3.0}
+    write_metrics(run, [{"step": 1, **ROW, **losses}, {"step": 2, **ROW, **losses, **held}])
+    page = made(run)
+    lines = page.figure("Training loss by source")["data"]
+    assert [line["name"] for line in lines] == [f"&lt;a&gt;.jsonl ({at})" for at in range(9)]
+    assert len({(line["line"]["color"], line["line"]["dash"]) for line in lines}) == 9
+    assert "the first 9 of 11" in page.text
+    assert [(line["name"], line["x"], line["y"]) for line in page.figure("Held-out loss by source")["data"]] == [
+        ("held.jsonl", [2], [2.0]),
+        ("b", [2], [3.0]),
+    ]
+    write_metrics(run, [{"step": 1, **ROW}])  # a run of one source has none of it
+    assert "by source" not in made(run).text.lower().replace("per source", "")
 
 
 def test_a_run_without_metrics_says_so(run: RunDir) -> None:
@@ -347,13 +375,17 @@ def test_validations_beside_training_are_lines_over_steps(run: RunDir) -> None:
     for step, match in ((20, 0.5), (100, 0.75), (10, 0.25)):
         content = {
             "step": step,
-            "model": {"loss": 2.0, "perplexity": 7.4, "scores": {"exact_match": match, "chrf": 40.0}},
+            "scores": {"exact_match": match, "chrf": 40.0},
+            "samples": [{"prompt": "two", "answer": "zwo" if step < 100 else "zwei", "reference": "zwei"}],
+            "prompts": [{"prompt": "Hello!", "answer": f"said after {step}"}],
         }
         paths.write_json(paths.join(run.validations, f"step_{step:08d}.json"), content)
     page = made(run)
     line = page.figure("Shares over steps")["data"][0]
     assert (line["x"], line["y"]) == ([10, 20, 100], [0.25, 0.5, 0.75])
     assert page.figure("Scores over steps")["data"][0]["name"] == "chrf"
+    assert "Hello! step 10 said after 10 step 20 said after 20 step 100 said after 100" in page.text
+    assert "two step 10 zwo step 20 zwo step 100 = reference zwei reference zwei" in page.text
 
 
 def test_an_older_evaluation_or_export_says_what_renews_it(run: RunDir) -> None:
