@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import models
 import numpy as np
 import pytest
 import torch
@@ -264,3 +265,27 @@ def test_a_classifier_is_no_adapter_and_not_vllms_and_gives_no_text(
     for location in (full.run.dir.root, published["lora"].folder):
         with pytest.raises(ModelError, match="is a classifier of de, en, es …, which gives probabilities of labels"):
             find(Target.of(location))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_bases_with_a_tower_or_a_last_layer_of_their_own_export_without_it(
+    family: str, demo: DemoPaths, recipe_for: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    words = len(AutoTokenizer.from_pretrained(demo.base))
+    base = models.write(tmp_path / "base", family, torch.float32, shards="100KB", vocab_size=words)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(os.path.join(demo.base, name), base)
+    recipe = recipe_for(family, f"model.path={base}", "train.max_steps=3")
+    launch.train(recipe, quiet())
+    manifest = export(recipe.run.dir.root, quiet())
+    assert len(list(Path(manifest.folder).glob("*.safetensors"))) > 1
+    model, info = AutoModelForSequenceClassification.from_pretrained(manifest.folder, output_loading_info=True)
+    assert not any(info.values())
+    tokenizer = AutoTokenizer.from_pretrained(manifest.folder)
+    assert model.config.get_text_config().pad_token_id == tokenizer.pad_token_id
+    trained = Trained.of(recipe.run.dir.root).model(torch.device("cpu"), torch.float32)
+    texts = ["ninety-nine", "dreihundertvier und mehr"]
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    together = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    alone = [trained(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0] for text in texts]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-4, atol=1e-4)
