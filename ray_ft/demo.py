@@ -1,8 +1,8 @@
 """The quickstart's model and data: number words from English into French and Spanish, made here, without a network.
 
 `write_demo` writes a folder that is a small copy of the real situation: training rows in several files and formats,
-held-out rows, pairs of a right and a wrong answer, and a Hugging Face folder with a Gemma 3 and its tokenizer, drawn
-from a seed. The task is real, since no held-out number is in the training rows, yet two cores learn it in about a
+held-out rows, pairs of answers of which one is preferred, and a Hugging Face folder with a Gemma 3 and its tokenizer,
+drawn from a seed. The task is real, since no held-out number is in the training rows, yet two cores learn it in about a
 minute. Limits: the base's weights are random, so it answers nothing before training; its tokenizer saw nothing but this
 task (other text falls into bytes); the words are num2words' own, which inflects less than people do ("veintiuno mil").
 """
@@ -36,7 +36,7 @@ MARKER = "demo.json"
 FORMAT = 2  # of the folder's content; raised whenever the same settings would give something else
 LARGEST, SMALL, SMALL_SHARE = 99_999, 1_000, 0.15  # share of numbers below 1,000, which people type first
 HELDOUT = 150  # numbers, each asked in every language
-PAIRS = 2_000  # training rows that preferences are made of as well
+PAIRS = 1_500  # of answers, at most, to train preferences on
 HEADS, HEAD_DIM = 4, 32  # 32 is the smallest head that vLLM's CPU attention takes
 Row = dict[str, str]
 
@@ -131,9 +131,8 @@ def write_demo(
     for i, file in enumerate(files):
         _write_rows(file, train[i :: len(files)])
     _write_rows(demo.heldout, heldout)
-    pairs = {"train.jsonl": train[:PAIRS], "heldout.jsonl": heldout}
-    for name, some in pairs.items():
-        _write_rows(paths.join(demo.preferences, name), [_preference(row, seed) for row in some])
+    for name, some in (("train.jsonl", train), ("heldout.jsonl", heldout)):
+        _write_rows(paths.join(demo.preferences, name), _preferences(some)[:PAIRS])
     _write_base(demo.base, train, seed, hidden_size, layers)
     made = [paths.join(folder, name) for folder in (demo.preferences, demo.base) for name in paths.list_dir(folder)]
     written = [*files, demo.heldout, *made]
@@ -174,23 +173,17 @@ def _translations(number: int) -> Iterable[Row]:
         }
 
 
-def _preference(row: Row, seed: int) -> Row:
-    """The right translation beside a wrong one: of a number that differs in one digit, or into the other language."""
+def _preferences(rows: Iterable[Row]) -> list[Row]:
+    """Swiss French preferred to France's, where a number differs: nonante-deux, not quatre-vingt-douze."""
     from num2words import num2words
 
-    number, code = row["id"].split("-")
-    rng = random.Random(f"{seed} {row['id']}")
-    if rng.random() < 0.5:
-        at = rng.randrange(len(number))
-        others = [digit for digit in "123456789" if digit != number[at]]  # no zero: it may not lead
-        wrong, language = number[:at] + rng.choice(others) + number[at + 1 :], code
-    else:
-        wrong, language = number, next(other for other in LANGUAGES if other != code)
-    return {
-        "prompt": PROMPT.format(target_lang=LANGUAGES[code], tgt_lang_code=code, text=row["source_text"]),
-        "chosen": row["target_text"],
-        "rejected": num2words(int(wrong), lang=language),
-    }
+    found = []
+    for row in rows:
+        number, code = row["id"].split("-")
+        if code == "fr" and (swiss := num2words(int(number), lang="fr_CH")) != row["target_text"]:
+            prompt = PROMPT.format(target_lang=LANGUAGES[code], tgt_lang_code=code, text=row["source_text"])
+            found.append({"prompt": prompt, "chosen": swiss, "rejected": row["target_text"]})
+    return found
 
 
 def _write_rows(file: str, rows: Sequence[Row]) -> None:

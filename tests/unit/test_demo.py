@@ -180,3 +180,15 @@ def test_base_loads_whole(demo: DemoPaths, tokenizer: Any) -> None:
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, end_of_turn] == [1, 5]
     with torch.no_grad():
         assert model(torch.tensor([[2, 4, 9]])).logits.isfinite().all()
+
+
+def test_pairs_prefer_one_of_two_right_answers_to_the_same_questions(demo: DemoPaths) -> None:
+    known = {row["target_text"] for row in train_rows(demo)}
+    heldout = {row["target_text"] for row in pq.read_table(demo.heldout).to_pylist()}
+    for name, texts in (("train", known), ("heldout", heldout)):
+        pairs = [json.loads(line) for line in Path(demo.preferences, f"{name}.jsonl").read_text().splitlines()]
+        assert len(pairs) > 60
+        assert {pair["rejected"] for pair in pairs} <= texts
+        assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
+        assert all(pair["prompt"].startswith("Translate to French (fr): ") for pair in pairs)
+        assert sum("nonante" in pair["chosen"] for pair in pairs) > 10
