@@ -8,6 +8,7 @@ not the next: an order that broke is an error, never a silently different run.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -105,7 +106,10 @@ def _mapped(run: Any, items: Sequence[Any], cpus: float | None, **options: Any) 
 
     # Opaque bytes both ways: Arrow would otherwise guess a schema for nested results, task by task.
     rows = [{"item": pickle.dumps(item)} for item in items]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(run, **options)
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    with warnings.catch_warnings():  # Ray has no other name yet for how often an actor is started again
+        warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")
+        dataset = dataset.map(run, **options)
     dataset.context.execution_options = in_order(cpus)
     for row in dataset.iter_rows():
         result = pickle.loads(row["result"])  # noqa: S301 - written by `_applied`, in this cluster

@@ -1,42 +1,42 @@
-"""Pairs of a right and a wrong translation of number words: of a number that differs in one digit, or into the other
-language."""
+"""Two right answers of which one is preferred: number words as Switzerland says them in French, over those of France,
+where they differ (nonante-deux, quatre-vingt-douze). The translations' model says France's.
+
+Limits: a quarter of all translations is such a number into French; of the held-out ones, too.
+"""
 
 from __future__ import annotations
 
-import random
+from collections.abc import Iterable
 
 from ray_ft.demo import translation
 from ray_ft.demo.task import Part, Row, Task
 from ray_ft.demo.translation import LANGUAGES, PROMPT
+from ray_ft.errors import DataError
+
+DRAWN = 6  # translations for each pair: a quarter of them gives one, less by chance
 
 
 def draw(rows: int, seed: int) -> dict[str, Part]:
-    """The rows of translations, each with a wrong answer.
+    """`rows` pairs, and those among the translations' held-out rows.
 
     Raises:
-        DataError: there are not that many rows.
+        DataError: there are not that many.
     """
-    drawn = translation.draw(rows, seed)[""]
-    train, heldout = ([_pair(row, seed) for row in part] for part in (drawn.train, drawn.heldout))
-    return {"": Part(train, heldout, lambda row: [row["prompt"], row["chosen"], row["rejected"]])}
+    drawn = translation.draw(max(DRAWN * rows, 3), seed)[""]
+    train, heldout = (list(_pairs(part)) for part in (drawn.train, drawn.heldout))
+    if not 3 <= rows <= len(train):  # at least one in each file
+        raise DataError(f"rows = {rows:,} is not between 3 and {len(train):,}, all pairs in {DRAWN} × as many rows")
+    return {"": Part(train[:rows], heldout, lambda row: [row["prompt"], row["chosen"], row["rejected"]])}
 
 
-def _pair(row: Row, seed: int) -> Row:
+def _pairs(rows: Iterable[Row]) -> Iterable[Row]:
     from num2words import num2words
 
-    number, code = row["id"].split("-")
-    rng = random.Random(f"{seed} {row['id']}")
-    if rng.random() < 0.5:
-        at = rng.randrange(len(number))
-        others = [digit for digit in "123456789" if digit != number[at]]  # no zero: it may not lead
-        wrong, language = number[:at] + rng.choice(others) + number[at + 1 :], code
-    else:
-        wrong, language = number, next(other for other in LANGUAGES if other != code)
-    return {
-        "prompt": PROMPT.format(target_lang=LANGUAGES[code], tgt_lang_code=code, text=row["source_text"]),
-        "chosen": row["target_text"],
-        "rejected": num2words(int(wrong), lang=language),
-    }
+    for row in rows:
+        number, code = row["id"].split("-")
+        if code == "fr" and (swiss := num2words(int(number), lang="fr_CH")) != row["target_text"]:
+            prompt = PROMPT.format(target_lang=LANGUAGES[code], tgt_lang_code=code, text=row["source_text"])
+            yield {"prompt": prompt, "chosen": swiss, "rejected": row["target_text"]}
 
 
-TASK = Task("right and wrong translations of number words", 2_000, draw)
+TASK = Task("numbers as Switzerland says them, preferred to those of France", 1_500, draw)

@@ -15,7 +15,17 @@ import num2words
 import pyarrow.parquet as pq
 import pytest
 
-from ray_ft.demo import HELDOUT, LANGUAGES, MARKER, PROMPT, SPECIAL_TOKENS, DemoPaths, write_demo
+from ray_ft.demo import (
+    HELDOUT,
+    LANGUAGES,
+    MARKER,
+    PROMPT,
+    SPECIAL_TOKENS,
+    DemoPaths,
+    preference,
+    translation,
+    write_demo,
+)
 from ray_ft.errors import DataError
 from ray_ft.recipe import TranslationSource
 
@@ -225,3 +235,16 @@ def test_base_loads_whole(demo: DemoPaths, tokenizer: Any) -> None:
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, end_of_turn] == [1, 5]
     with torch.no_grad():
         assert model(torch.tensor([[2, 4, 9]])).logits.isfinite().all()
+
+
+def test_pairs_prefer_one_of_two_right_answers_to_questions_of_the_translations() -> None:
+    pairs, translations = preference.draw(80, 0)[""], translation.draw(480, 0)[""]
+    for part, rows in ((pairs.train, translations.train), (pairs.heldout, translations.heldout)):
+        assert len(part) > 60
+        assert {pair["rejected"] for pair in part} <= {row["target_text"] for row in rows}
+        assert all(pair["chosen"] != pair["rejected"] for pair in part)
+        assert all(pair["prompt"].startswith("Translate to French (fr): ") for pair in part)
+        assert sum("nonante" in pair["chosen"] for pair in part) > 10
+    assert len(pairs.train) == 80
+    with pytest.raises(DataError, match="not that many|not between"):
+        preference.draw(2, 0)
