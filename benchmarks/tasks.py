@@ -27,15 +27,18 @@ from pathlib import Path
 from typing import Any
 
 from ray_ft import paths, recipe
+from ray_ft.data import sources
+from ray_ft.data.rows import Labelled, columns_used, to_sample
 from ray_ft.evaluate import held_out_questions
 from ray_ft.evaluate.report import TITLES, form
-from ray_ft.evaluate.scores import Scorer
+from ray_ft.evaluate.scores import Scorer, label_report
 from ray_ft.quickstart import StepFailed, ask, free_port, serving
 from ray_ft.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- tasks -->", "<!-- /tasks -->"
 COLUMNS = ("task", "score", "base", "trained", "target", "over HTTP", "minutes to train", "export")
+BATCH = 50  # texts to be labelled in one request
 MINUTES = "minutes.json"  # in a run's folder: what its training took
 
 
@@ -55,6 +58,35 @@ def asked_by_chat(settings: Recipe, run: str) -> dict[str, float]:
     return scorer.scores(scorer.scored(answers))
 
 
+def asked_for_labels(settings: Recipe, run: str) -> dict[str, float]:
+    """Serve a run's export and ask it over HTTP for the labels of the held-out texts. Returns the scores of them."""
+    import httpx
+
+    names = settings.model.labels
+    (source,) = settings.data.eval
+    rows = [
+        sample
+        for file in sources.find_files(source)
+        for chunk in sources.chunks_of(file, 0)
+        for row in sources.read_rows(chunk, columns_used(source))
+        if isinstance(row.content, dict) and isinstance(sample := to_sample(source, row.content, None, names), Labelled)
+    ]
+    port, key = free_port(), secrets.token_urlsafe(32)
+    with serving(["serve", run, "--port", str(port)], port, key) as url:
+        model = settings.serve.model_name or settings.run.name
+        found: list[str] = []
+        for start in range(0, len(rows), BATCH):
+            body = {"model": model, "input": [row.text for row in rows[start : start + BATCH]]}
+            reply = httpx.post(
+                f"{url}/classify", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=120, trust_env=False
+            )
+            reply.raise_for_status()
+            found += [each["label"] for each in reply.json()["data"]]
+    report = label_report(found, [names[row.label] for row in rows], names)
+    assert report is not None
+    return {score: report[score] for score in ("accuracy", "macro_f1")}
+
+
 @dataclass(frozen=True)
 class Task:
     """
@@ -62,19 +94,28 @@ class Task:
         recipe: its file in configs/, without the ending.
         demo: what `ray-ft demo --task` calls its data.
         targets: score → what the trained model has to reach on held-out rows, and over HTTP.
-        asked: from (recipe, run) the same scores of answers over HTTP; None: it is not served.
+        asked: from (recipe, run) the same scores of answers over HTTP, but those in `OFFLINE`.
+        after: the task whose export it begins from; None: an untrained base.
     """
 
     recipe: str
     demo: str
     targets: dict[str, float]
-    asked: Callable[[Recipe, str], dict[str, float]] | None = asked_by_chat
+    asked: Callable[[Recipe, str], dict[str, float]] = asked_by_chat
+    after: str | None = None
 
+
+#: Scores of what a model finds likely, which no endpoint tells.
+OFFLINE = frozenset({"reward_accuracy"})
 
 TASKS = {
     "translation": Task("quickstart", "translation", {"exact_match": 0.9}),
     "reasoning": Task("reasoning_quickstart", "reasoning", {"answer_match": 0.8}),
     "mixture": Task("mixture_quickstart", "mixture", {"exact_match": 0.8, "answer_match": 0.8}),
+    "labels": Task("labels_quickstart", "labels", {"accuracy": 0.95, "macro_f1": 0.95}, asked_for_labels),
+    "preference": Task(
+        "preference_quickstart", "preference", {"reward_accuracy": 0.9, "exact_match": 0.8}, after="translation"
+    ),
 }
 
 
@@ -133,6 +174,8 @@ def _rows(name: str, task: Task) -> list[Row]:
     http: dict[str, float] = {}
     minutes, exported = None, "no"
     try:
+        if task.after:
+            _exported(task.after)
         _verb(name, "demo", "--task", task.demo)
         settings = recipe.load(path)
         run = settings.run.dir.root
@@ -142,17 +185,26 @@ def _rows(name: str, task: Task) -> list[Row]:
         _verb(name, "export", run)
         checks = paths.read_json(paths.join(settings.run.dir.export, paths.MANIFEST))["checks"]
         exported = f"{len(checks)} checks"
-        if task.asked:
-            http = task.asked(settings, run)
+        http = task.asked(settings, run)
     except StepFailed as failure:
         print(f"{name}: {failure}", file=sys.stderr, flush=True)
-    served = task.asked is not None
     sides = [report.get(side) or {} for side in ("base", "model")]
     rows = []
     for score, target in task.targets.items():
-        base, trained = ((side.get("scores") or {}).get(score, side.get(score)) for side in sides)
-        rows.append(Row(score, base, trained, target, http.get(score), served, minutes, exported))
+        base, trained = (((side.get("scores") or {}) | (side.get("statistics") or {})).get(score) for side in sides)
+        rows.append(Row(score, base, trained, target, http.get(score), score not in OFFLINE, minutes, exported))
     return rows
+
+
+def _exported(name: str) -> None:
+    """Train and export what another task begins from, where that is not done yet."""
+    task = TASKS[name]
+    path = str(ROOT / "configs" / f"{task.recipe}.yaml")
+    _verb(name, "demo", "--task", task.demo)
+    run = recipe.load(path).run.dir
+    if not paths.exists(paths.join(run.export, paths.MANIFEST)):
+        _trained(name, path, run.root)
+        _verb(name, "export", run.root)
 
 
 def _trained(name: str, path: str, run: str) -> float:

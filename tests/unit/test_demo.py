@@ -246,5 +246,5 @@ def test_pairs_prefer_one_of_two_right_answers_to_questions_of_the_translations(
         assert all(pair["prompt"].startswith("Translate to French (fr): ") for pair in part)
         assert sum("nonante" in pair["chosen"] for pair in part) > 10
     assert len(pairs.train) == 80
-    with pytest.raises(DataError, match="not that many|not between"):
+    with pytest.raises(DataError, match="rows = 2 is not between"):
         preference.draw(2, 0)

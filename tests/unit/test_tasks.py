@@ -80,7 +80,8 @@ def test_every_task_has_its_recipe_and_its_demo(tasks: Any, monkeypatch: pytest.
     for name, task in tasks.TASKS.items():
         settings = recipe.load(str(ROOT / "configs" / f"{task.recipe}.yaml"))
         folder = "demo" if task.demo == "translation" else f"demo-{task.demo}"
-        assert settings.model.path == f"{folder}/base"
+        after = tasks.TASKS[task.after].recipe if task.after else None
+        assert settings.model.path == (f"runs/{after}/export" if after else f"{folder}/base")
         sources = [*settings.data.train, *settings.data.eval]
         assert all(path.startswith(f"{tmp_path}/{folder}/") for source in sources for path in source.path)
         assert f"| {name}" in (ROOT / "docs" / "tasks.md").read_text()
