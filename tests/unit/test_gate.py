@@ -565,4 +565,4 @@ def test_the_checks_of_a_merged_adapter_are_those_of_a_model_and_its_own() -> No
     names = [check.name for check in checks.MERGED]
     assert names.index("adapter_effect") < names.index("weights_changed")
     assert set(names) == {*(check.name for check in checks.MODEL), "adapter_effect"}
-    assert folder.MODEL is checks.MODEL
+    assert folder.wanted is checks.wanted

@@ -129,7 +129,8 @@ def config(case: Case) -> dict[str, Any]:
     """
     fields = [config_of(case.trained), paths.read_json(os.path.join(case.folder, "config.json"))]
     if wrong := {key for key in fields[0].keys() | fields[1].keys() if fields[0].get(key) != fields[1].get(key)}:
-        raise ExportError(f"config.json differs from what it is to be, by the base's, in {_some(wrong)}", [AGAIN])
+        labels = " with the recipe's labels" if case.trained.labels else ""
+        raise ExportError(f"config.json differs from the base's{labels} in {_some(wrong)}", [AGAIN])
     return {"fields": len(fields[0])}
 
 
