@@ -113,8 +113,9 @@ TASKS = {
     "reasoning": Task("reasoning_quickstart", "reasoning", {"answer_match": 0.8}),
     "mixture": Task("mixture_quickstart", "mixture", {"exact_match": 0.8, "answer_match": 0.8}),
     "labels": Task("labels_quickstart", "labels", {"accuracy": 0.95, "macro_f1": 0.95}, asked_for_labels),
+    # Its answers become others, not better ones: of what it says, a little is the preferred words to the letter.
     "preference": Task(
-        "preference_quickstart", "preference", {"reward_accuracy": 0.9, "exact_match": 0.8}, after="translation"
+        "preference_quickstart", "preference", {"reward_accuracy": 0.9, "exact_match": 0.05}, after="translation"
     ),
 }
 

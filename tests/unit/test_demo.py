@@ -238,7 +238,7 @@ def test_base_loads_whole(demo: DemoPaths, tokenizer: Any) -> None:
 
 
 def test_pairs_prefer_one_of_two_right_answers_to_questions_of_the_translations() -> None:
-    pairs, translations = preference.draw(80, 0)[""], translation.draw(480, 0)[""]
+    pairs, translations = preference.draw(80, 0)[""], translation.draw(240, 0)[""]
     for part, rows in ((pairs.train, translations.train), (pairs.heldout, translations.heldout)):
         assert len(part) > 60
         assert {pair["rejected"] for pair in part} <= {row["target_text"] for row in rows}
