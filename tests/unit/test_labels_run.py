@@ -24,8 +24,8 @@ from ray_ft.answers import Target
 from ray_ft.answers.found import find
 from ray_ft.data.order import Order
 from ray_ft.demo import DemoPaths
-from ray_ft.errors import ExportError, ModelError
-from ray_ft.evaluate import labels, show
+from ray_ft.errors import ExportError, ModelError, ServeError
+from ray_ft.evaluate import evaluate, labels, show
 from ray_ft.evaluate.losses import Judged
 from ray_ft.export import checks, export, gate
 from ray_ft.export.case import Case
@@ -34,6 +34,7 @@ from ray_ft.train import launch
 from ray_ft.train.metrics import read_metrics
 from ray_ft.trained import Trained
 from ray_ft.view import View
+from serving import models as serving_models
 
 NAMES = ["de", "en", "es", "fr"]
 
@@ -262,6 +263,10 @@ def test_a_classifier_is_no_adapter_and_not_vllms_and_gives_no_text(
         export(adapted.run.dir.root, quiet(), adapter_only=True)
     with pytest.raises(ExportError, match="a classifier is served by transformers"):
         export(full.run.dir.root, quiet(), vllm=True)
+    with pytest.raises(ServeError, match="'full' is a classifier, whose base has nothing that tells labels apart"):
+        serving_models.load([published["full"].folder], base=True)
+    with pytest.raises(ServeError, match="gives probabilities of labels, and only runs and folders are judged"):
+        evaluate("http://127.0.0.1:9", quiet(), recipe=full.run.dir.recipe)
     for location in (full.run.dir.root, published["lora"].folder):
         with pytest.raises(ModelError, match="is a classifier of de, en, es …, which gives probabilities of labels"):
             find(Target.of(location))
