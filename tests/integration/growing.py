@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import patience
 import psutil
 import pytest
+from ports import free_ports
 
 HEAD = "f" * 51 + "00000"  # the name by which the provider knows its head
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
@@ -52,9 +52,7 @@ class Growing:
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ray", dir="/tmp")  # a socket's path is short
         folder = Path(self._folder.name)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.address = f"127.0.0.1:{free_ports(1)[0]}"
         config = folder / "cluster.yaml"
         config.write_text(json.dumps(self._config()))
         fake = {

@@ -13,7 +13,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from types import TracebackType
 
 import patience
 import psutil
+from ports import free_ports
 
 STORE = 150 << 20  # bytes of the object store
 MARK = "RAY_FT_TEST_HEAD"
@@ -160,12 +160,3 @@ class Head:
                 said = str(error)
             time.sleep(0.3)
         raise AssertionError(f"no jobs API after {WAIT} s: {said}\n{self.out.read_text()}")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that are free, all different."""
-    with contextlib.ExitStack() as stack:
-        taken = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in taken:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in taken]

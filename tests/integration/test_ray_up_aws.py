@@ -15,7 +15,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from ports import free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -254,16 +254,6 @@ def home_of(process: psutil.Process) -> str:
 def executable(file: Path, text: str) -> None:
     file.write_text(text)
     file.chmod(0o755)
-
-
-def free_ports(count: int) -> list[int]:
-    taken = [socket.socket() for _ in range(count)]
-    for one in taken:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in taken]
-    for one in taken:
-        one.close()
-    return ports
 
 
 def until(true: Callable[[], Any], seconds: float = 240) -> bool:

@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ports import free_ports
 
 from ray_ft.errors import ServeError
 from ray_ft.recipe import Serve
@@ -106,9 +107,7 @@ def write_export(folder: Path, *, hidden_in_config: int = 64, seed: int = 0, ste
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)[0]
 
 
 def start(run: Path, log: Path, *options: str) -> subprocess.Popen[bytes]:
