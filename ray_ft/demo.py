@@ -14,15 +14,15 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ray_ft import paths
 from ray_ft.errors import DataError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import Gemma3TextConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 LANGUAGES = {"fr": "French", "es": "Spanish"}
 """Target languages: code → name. The source is English."""
@@ -31,6 +31,7 @@ PROMPT = "Translate to {target_lang} ({tgt_lang_code}): {text}"
 """Prompt template of the quickstart's recipe; the tokenizer learns its words too."""
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 """In order of their ids; pad, eos and bos have the ids that they have in Gemma 3."""
+TURNS = {"sot_token": "<start_of_turn>", "eot_token": "<end_of_turn>"}
 
 MARKER = "demo.json"
 FORMAT = 1  # of the folder's content; raised whenever the same settings would give something else
@@ -107,28 +108,55 @@ def write_demo(
     root = paths.absolute(folder)
     files = tuple(paths.join(root, "train", name) for name in ("part-0.jsonl", "part-1.jsonl.gz", "part-2.parquet"))
     demo = DemoPaths(root, paths.join(root, "base"), files, paths.join(root, "heldout.parquet"))
-    marker = paths.join(root, MARKER)
     settings = {"format": FORMAT, "seed": seed, "rows": rows, "hidden_size": hidden_size, "layers": layers}
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    key = key_of(settings)
+    if is_there(root, key):
+        return replace(demo, reused=True)
+    train, heldout = _rows(rows, seed)
+    begin(root, settings)
+    for i, file in enumerate(files):
+        write_rows(file, train[i :: len(files)])
+    write_rows(demo.heldout, heldout)
+    _write_base(demo.base, train, seed, hidden_size, layers)
+    finish(root, settings, [*files, demo.heldout, demo.base])
+    return demo
 
+
+def key_of(settings: Mapping[str, Any]) -> str:
+    """What tells a folder made with these settings from others."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def is_there(root: str, key: str) -> bool:
+    """Whether a folder holds the whole demo of this key.
+
+    Raises:
+        DataError: it holds something that is no demo.
+    """
+    marker = paths.join(root, MARKER)
     if paths.exists(marker):
         found = paths.read_json(marker)
         complete = found["files"] and all(paths.exists(paths.join(root, name)) for name in found["files"])
-        if complete and found["key"] == key:
-            return replace(demo, reused=True)
-    elif paths.list_dir(root):
-        raise DataError(f"{folder!r} holds files, but no {MARKER}: it is no demo", ["name another folder"])
+        return bool(complete and found["key"] == key)
+    if paths.list_dir(root):
+        raise DataError(f"{root!r} holds files, but no {MARKER}: it is no demo", ["name another folder"])
+    return False
 
-    train, heldout = _rows(rows, seed)
-    # Named before anything is written, so that an interrupted call leaves a folder that the next one may replace.
-    paths.write_json(marker, {"key": key, "settings": settings, "files": []})
-    for i, file in enumerate(files):
-        _write_rows(file, train[i :: len(files)])
-    _write_rows(demo.heldout, heldout)
-    _write_base(demo.base, train, seed, hidden_size, layers)
-    written = [*files, demo.heldout, *(paths.join(demo.base, name) for name in paths.list_dir(demo.base))]
-    paths.write_json(marker, {"key": key, "settings": settings, "files": [os.path.relpath(n, root) for n in written]})
-    return demo
+
+def begin(root: str, settings: Mapping[str, Any]) -> None:
+    """Name the folder a demo before anything is written, so that the next call may replace what an interrupted one
+    left."""
+    paths.write_json(paths.join(root, MARKER), {"key": key_of(settings), "settings": settings, "files": []})
+
+
+def finish(root: str, settings: Mapping[str, Any], written: Sequence[str]) -> None:
+    """Say that the demo is whole: `written` are its files and folders of files."""
+    files = [
+        os.path.relpath(found, root)
+        for one in written
+        for found in ([paths.join(one, name) for name in paths.list_dir(one)] if os.path.isdir(one) else [one])
+    ]
+    paths.write_json(paths.join(root, MARKER), {"key": key_of(settings), "settings": settings, "files": files})
 
 
 def _rows(rows: int, seed: int) -> tuple[list[Row], list[Row]]:
@@ -164,7 +192,7 @@ def _translations(number: int) -> Iterable[Row]:
         }
 
 
-def _write_rows(file: str, rows: Sequence[Row]) -> None:
+def write_rows(file: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows in the format that the file's name tells; the same rows give the same bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -180,17 +208,23 @@ def _write_rows(file: str, rows: Sequence[Row]) -> None:
 
 
 def _write_base(folder: str, train: Sequence[Row], seed: int, hidden_size: int, layers: int) -> None:
-    import torch
-    from safetensors.torch import save_file
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
+    from transformers import Gemma3ForCausalLM
 
-    tokenizer = _tokenizer(train)
-    special = {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")],
-    }
-    config = Gemma3TextConfig(
+    corpus = []
+    for row in train:
+        code = row["target_lang_code"]
+        prompt = PROMPT.format(target_lang=LANGUAGES[code], tgt_lang_code=code, text=row["source_text"])
+        corpus += [prompt, row["target_text"], "user", "model"]  # the roles as often as the template writes them
+    tokenizer = make_tokenizer(corpus)
+    write_model(folder, Gemma3ForCausalLM, text_config(tokenizer, hidden_size, layers), tokenizer, seed)
+
+
+def text_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int, **more: Any) -> Gemma3TextConfig:
+    """Of a small language model; `more` replaces settings."""
+    import torch
+    from transformers import Gemma3TextConfig
+
+    settings: dict[str, Any] = dict(
         vocab_size=-(-len(tokenizer) // 64) * 64,  # rows beyond the tokenizer's, as Gemma 3 has them too
         hidden_size=hidden_size,
         intermediate_size=4 * hidden_size,
@@ -208,38 +242,61 @@ def _write_base(folder: str, train: Sequence[Row], seed: int, hidden_size: int, 
             "full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},
         },
         tie_word_embeddings=True,
-        **special,
+        **_special(tokenizer),
         dtype=torch.float32,
     )
+    return Gemma3TextConfig(**{**settings, **more})
+
+
+def _special(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")],
+    }
+
+
+def write_model(
+    folder: str, kind: type[PreTrainedModel], config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, seed: int
+) -> None:
+    """Write a Hugging Face folder of a model of this class whose weights are drawn from the seed."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Gemma3ForCausalLM(config)
+        model = kind(config)
+        for part in filter(lambda part: hasattr(part, "mm_input_projection_weight"), model.modules()):
+            # transformers begins with zeros, which a norm then divides by their length.
+            part.mm_input_projection_weight.data.normal_(std=part.mm_input_projection_weight.shape[0] ** -0.5)
     # Not save_pretrained: it draws a bar, and imports DeepSpeed wherever that is installed.
     weights = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
     os.makedirs(folder, exist_ok=True)
     save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    GenerationConfig(**special).save_pretrained(folder)
+    GenerationConfig(**_special(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _tokenizer(train: Sequence[Row]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of the training texts and prompts: every word of the task one token, any text representable."""
+def make_tokenizer(
+    corpus: Sequence[str], template: str = CHAT_TEMPLATE, marks: Mapping[str, str] | None = None
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of the training texts and prompts: every word of the task one token, any text representable.
+
+    Args:
+        marks: further special tokens by the names that transformers has for them, such as ``boi_token``.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    corpus = []
-    for row in train:
-        code = row["target_lang_code"]
-        prompt = PROMPT.format(target_lang=LANGUAGES[code], tgt_lang_code=code, text=row["source_text"])
-        corpus += [prompt, row["target_text"], "user", "model"]  # the roles as often as the template writes them
     trainer = trainers.BpeTrainer(
         vocab_size=960,  # at most: about 620 make every word one token
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=[*SPECIAL_TOKENS, *(marks or {}).values()],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -249,7 +306,7 @@ def _tokenizer(train: Sequence[Row]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         **{f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")},
-        extra_special_tokens=["<start_of_turn>", "<end_of_turn>"],
-        chat_template=CHAT_TEMPLATE,
+        extra_special_tokens={**TURNS, **marks} if marks else list(TURNS.values()),
+        chat_template=template,
         clean_up_tokenization_spaces=False,
     )

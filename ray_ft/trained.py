@@ -96,9 +96,10 @@ class Trained:
         """
         config, settings = load.load_config(self.base), self.recipe.model
         # What it was trained with may not run here: an export or evaluation on CPUs of what GPUs have trained.
-        chosen = attention.choose("auto", device.type, config, dtype)
+        images = self.recipe.data.images is not None
+        chosen = attention.choose("auto", device.type, config, dtype, images=images)
         model = load.build(config, chosen.implementation, dtype)
-        adapted = adapt.adapt(model, settings, dtype, dtype, packed=device.type == "cuda")
+        adapted = adapt.adapt(model, settings, dtype, dtype, packed=device.type == "cuda", images=images)
         load.allocate(model, device)
         load.fill(model, self.base, load.whole_spans(model))
         names = self.trained_names()

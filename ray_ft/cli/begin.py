@@ -14,11 +14,18 @@ from ray_ft.view import View
 
 
 @app.command()
-def demo(folder: Annotated[str, typer.Argument(help="Where to write it.")] = "demo") -> None:
+def demo(
+    folder: Annotated[
+        str | None, typer.Argument(help="Where to write it; default: demo, with --pictures demo-pictures.")
+    ] = None,
+    pictures: Annotated[bool, typer.Option("--pictures", help="Pictures of shapes, and a Gemma 3 that sees.")] = False,
+) -> None:
     """Write the demo: number words to translate, and a tiny untrained Gemma 3 with its own tokenizer."""
     from ray_ft.demo import write_demo
+    from ray_ft.pictures import write_pictures
 
-    made: Any = write_demo(folder)
+    folder = folder or ("demo-pictures" if pictures else "demo")
+    made: Any = write_pictures(folder) if pictures else write_demo(folder)
     View().line(f"{'reusing' if made.reused else 'wrote'} the demo data and base model: {folder}")
 
 

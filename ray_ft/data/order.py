@@ -66,14 +66,13 @@ class Slice:
 
     def _read(self, prepared: Prepared, *, tokens: bool, samples: bool) -> tuple[Rows, list[tuple[str, ...]]]:
         """What was not asked for is blank. Only units that give the slice a row are read, one after the other."""
-        rows = Rows.blank(self.take if tokens else 0, prepared.seq_len)
+        rows = prepared.blank(self.take if tokens else 0)
         names: list[tuple[str, ...]] = [(PADDING,)] * (self.take if samples else 0)
         wanted = sorted(self.parts_read(), key=lambda found: (found[0].chunk, found[0].group))
         loads = prepared.segments([unit for unit, _, _ in wanted], tokens=tokens, samples=samples)
         for (_, index, target), loaded in zip(wanted, loads, strict=True):
             if loaded.rows is not None:
-                rows.input_ids[target] = loaded.rows.input_ids[index]
-                rows.flags[target] = loaded.rows.flags[index]
+                rows.put(target, loaded.rows.take(index))
             if loaded.samples is not None:
                 for at, row in zip(target.tolist(), index.tolist(), strict=True):
                     names[at] = loaded.samples[row]

@@ -2,13 +2,15 @@
 
 Samples are placed longest first, each into the fullest row that still takes it (best-fit decreasing). Johnson (1974)
 proves at most 11/9 of the optimal number of rows; in practice it is within 1%. Rows have exactly `seq_len` tokens.
-Nothing is split. One byte of flags per token holds what attention and loss need to know.
+Nothing is split. One byte of flags per token holds what attention and loss need to know. Images stay with their row, in
+the order of their tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,31 +19,65 @@ from ray_ft.data.render import Tokens
 REAL = 1  # a token of a sample; padding otherwise
 START = 2  # first token of a sample: positions restart, attention does not reach back
 TRAINED = 4  # target of the loss
+IMAGE = 16  # stands for a part of an image: its embedding is replaced, and neighbours see each other both ways
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Fixed rows: `input_ids` int32 [rows, seq_len]; `flags` uint8 [rows, seq_len] of REAL | START | TRAINED."""
+    """Fixed rows.
+
+    Attributes:
+        input_ids: int32 [rows, seq_len].
+        flags: uint8 [rows, seq_len] of REAL | START | TRAINED | IMAGE.
+        images: of each row the files of its images, a tuple of bytes: object [rows]; None in a run without images.
+        pixels: of each row what the tower is given, float32 [images, channels, height, width]: object [rows]. Made of
+            `images`, in whose place it stands, when rows are about to be used: it is a hundred times as large.
+    """
 
     input_ids: np.ndarray
     flags: np.ndarray
+    images: np.ndarray | None = None
+    pixels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def take(self, index: np.ndarray | slice) -> Rows:
-        return Rows(self.input_ids[index], self.flags[index])
+        return Rows(*(None if part is None else part[index] for part in self._parts))  # type: ignore[arg-type]
+
+    def put(self, index: np.ndarray | slice, rows: Rows) -> None:
+        """Set some of these rows, of a run that is alike in whether it has images."""
+        for ours, theirs in zip(self._parts, rows._parts, strict=True):
+            if ours is not None:
+                ours[index] = theirs
+
+    @property
+    def _parts(self) -> tuple[np.ndarray | None, ...]:
+        return self.input_ids, self.flags, self.images, self.pixels
 
     @staticmethod
     def concatenate(parts: Sequence[Rows]) -> Rows:
-        return Rows(np.concatenate([p.input_ids for p in parts]), np.concatenate([p.flags for p in parts]))
+        joined = zip(*(part._parts for part in parts), strict=True)
+        return Rows(*(None if column[0] is None else np.concatenate(column) for column in joined))  # type: ignore[arg-type]
 
     @staticmethod
-    def blank(count: int, seq_len: int) -> Rows:
-        """Rows of nothing but padding: they fill the last batch and add nothing to the loss."""
+    def blank(count: int, seq_len: int, *, images: bool = False) -> Rows:
+        """Rows of nothing but padding: they fill the last batch and add nothing to the loss.
+
+        Args:
+            images: of a run with images; of these rows there are none.
+        """
         flags = np.zeros((count, seq_len), np.uint8)
         flags[:, :1] = START
-        return Rows(np.zeros((count, seq_len), np.int32), flags)
+        return Rows(np.zeros((count, seq_len), np.int32), flags, objects([()] * count) if images else None)
+
+
+def objects(items: Sequence[Any]) -> np.ndarray:
+    """[items] of objects, where numpy would make a matrix of items of one length."""
+    found = np.empty(len(items), object)
+    for at, item in enumerate(items):
+        found[at] = item
+    return found
 
 
 def plan(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
@@ -69,8 +105,13 @@ def plan(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
     return rows
 
 
-def pack(samples: Sequence[Tokens], seq_len: int, *, packing: bool, pad_id: int) -> tuple[Rows, list[list[int]]]:
+def pack(
+    samples: Sequence[Tokens], seq_len: int, *, packing: bool, pad_id: int, images: bool = False
+) -> tuple[Rows, list[list[int]]]:
     """Lay samples out in rows of `seq_len`; with `packing` false, one sample a row in the given order.
+
+    Args:
+        images: of a run with images, also where these samples have none.
 
     Returns:
         The rows, and for each the indices of its samples.
@@ -85,11 +126,14 @@ def pack(samples: Sequence[Tokens], seq_len: int, *, packing: bool, pad_id: int)
             end = at + len(sample)
             input_ids[row, at:end] = sample.ids
             flags[row, at:end] = REAL | (sample.trained * TRAINED).astype(np.uint8)
+            if sample.soft is not None:
+                flags[row, at:end] |= (sample.soft * IMAGE).astype(np.uint8)
             flags[row, at] |= START
             at = end
         if at < seq_len:
             flags[row, at] = START  # padding is a document of its own, which no sample sees and which sees none
-    return Rows(input_ids, flags), assignment
+    files = [tuple(file for member in members for file in samples[member].images) for members in assignment]
+    return Rows(input_ids, flags, objects(files) if images else None), assignment
 
 
 def position_ids(flags: np.ndarray) -> np.ndarray:

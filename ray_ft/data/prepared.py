@@ -2,22 +2,25 @@
 
 What is kept always is the index: which rows there are, where they come from, and what was counted. With
 `data.cache: auto` the tokens lie beside it; without, `Prepared.segments` makes those of the units asked for again,
-which gives the same rows bit by bit.
+which gives the same rows bit by bit. Of images the files are kept, and what the model's tower is given is made of them
+when rows are used (`Prepared.seen`), as it is a hundred times as large.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import Any, Literal, Protocol
 
 from ray_ft import paths
 from ray_ft.data import shard
 from ray_ft.data.counts import TOO_LONG, Counts
-from ray_ft.data.pack import Rows
+from ray_ft.data.pack import Rows, objects
+from ray_ft.data.render import load_tokenizer
 from ray_ft.data.shard import Segment
+from ray_ft.data.vision import Vision, load_vision
 
 Split = Literal["train", "eval"]
 
@@ -43,6 +46,17 @@ class Unit:
 
 def shard_name(chunk: int) -> str:
     return f"{chunk:06d}.parquet"
+
+
+@lru_cache(maxsize=4)
+def vision_of(model: str) -> Vision:
+    """Of a model's folder, URI or hub id; resolved once per process.
+
+    Raises:
+        ModelError: as of `vision.load_vision`.
+    """
+    folder = paths.model_folder(model, weights=False)
+    return load_vision(folder, load_tokenizer(folder))
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,7 @@ class Prepared:
     """Packed rows of one split.
 
     `origins` are those of the chunks, by number. `render` makes rows where no tokens are stored; None: they are.
+    `processor` is the model (folder, URI or hub id) whose processor prepares images; None: rows have none.
     """
 
     location: str
@@ -81,6 +96,12 @@ class Prepared:
     origins: tuple[Origin, ...]
     reused: bool = False
     render: Render | None = None
+    processor: str | None = None
+
+    @property
+    def images(self) -> bool:
+        """Whether rows may have images."""
+        return self.processor is not None
 
     @property
     def rows(self) -> int:
@@ -118,19 +139,38 @@ class Prepared:
                 continue
             location = paths.join(self.location, "shards", shard_name(number))
             groups = [unit.group for unit in wanted]
-            for rows, lines in shard.read(location, groups, self.seq_len, tokens=tokens, lines=samples):
+            for rows, lines in shard.read(
+                location, groups, self.seq_len, tokens=tokens, lines=samples, images=self.images
+            ):
                 yield Loaded(rows, None if lines is None else self._names(number, lines))
 
     def read(self, units: Sequence[Unit]) -> Rows:
         """The rows of some units, one after the other, in memory."""
         size = sum(unit.rows for unit in units)
-        joined, at = Rows.blank(size, self.seq_len), 0
+        joined, at = self.blank(size), 0
         for loaded in self.segments(units, tokens=True, samples=False):
             assert loaded.rows is not None
             stop = at + len(loaded.rows)
-            joined.input_ids[at:stop], joined.flags[at:stop] = loaded.rows.input_ids, loaded.rows.flags
+            joined.put(slice(at, stop), loaded.rows)
             at = stop
         return joined
+
+    def blank(self, count: int) -> Rows:
+        """Rows of padding."""
+        return Rows.blank(count, self.seq_len, images=self.images)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of each of a row's pixels, in a run with images."""
+        assert self.processor is not None
+        return vision_of(self.processor).shape
+
+    def seen(self, rows: Rows) -> Rows:
+        """The rows as the model takes them: with pixels in place of images. A few at a time: 10 MB an image."""
+        if rows.images is None or self.processor is None:
+            return rows
+        eyes = vision_of(self.processor)
+        return Rows(rows.input_ids, rows.flags, pixels=objects([eyes.pixels(files) for files in rows.images]))
 
     def names(self, unit: Unit, row: int) -> list[str]:
         """``file:line`` of the samples that share one packed row."""

@@ -3,7 +3,8 @@
 A conversation is rendered once as a whole and once up to each assistant turn; what the longer text has more is that
 turn's answer. Tokens that hold any of an answer are trained, up to and including the marker that ends the turn, so
 that the model learns to stop; so is one that joins the prompt's last space to the answer's first word. The rendered
-text holds every special token (Gemma's template writes ``<bos>`` itself), so it is tokenized without adding any.
+text holds every special token (Gemma's template writes ``<bos>`` itself), so it is tokenized without adding any. Where
+the template marks an image stand the tokens that the model's processor puts there; none of them is ever a target.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import glob
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from ray_ft import paths
 from ray_ft.data.lines import Reject
 from ray_ft.data.rows import Conversation, Joined, Sample
+from ray_ft.data.vision import Vision
 from ray_ft.errors import ModelError
 
 if TYPE_CHECKING:
@@ -35,12 +37,15 @@ VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "tekken.json", "vocab
 class Tokens:
     """One sample. `ids` int32 [n]; `trained` bool [n], True where the token is a target of the loss.
 
-    `whole` is False where these are the first tokens alone of a text that is far too long.
+    `whole` is False where these are the first tokens alone of a text that is far too long. `images` are the files of
+    the images, in the order of their tokens, and `soft`, bool [n], says which tokens an image's embeddings replace.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     whole: bool = True
+    images: tuple[bytes, ...] = ()
+    soft: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -52,10 +57,13 @@ class Renderer:
     Args:
         enough: a text that certainly gives more tokens than this is tokenized only so far that it still does: a row of
             20 MB would otherwise take a minute and 6 GB (seen), to be left out or cut afterwards.
+        vision: what stands for images; None: samples have none.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, enough: int | None = None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, enough: int | None = None, vision: Vision | None = None
+    ) -> None:
+        self.tokenizer, self.vision = tokenizer, vision
         # Twice what is needed at the least, so that a word cut in two lies far behind the last token that is wanted.
         self.tokens = None if enough is None else 2 * (enough + 1)
         self.characters = None if self.tokens is None else self.tokens * _longest_token(tokenizer)
@@ -120,12 +128,16 @@ class Renderer:
                 end *= 2
                 encoding = tokenizer.encode(text[:end], add_special_tokens=False)
             tokens = self._tokens(encoding, answers, sample)
-            yield tokens if end >= len(text) else Tokens(tokens.ids, tokens.trained, whole=False)
+            yield tokens if end >= len(text) else replace(tokens, whole=False)
 
     def _with_spans(self, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
         if isinstance(sample, Joined):
             return sample.prompt + sample.answer, [(len(sample.prompt), len(sample.prompt) + len(sample.answer))]
         text = self._render(sample.turns)
+        if sample.images:
+            assert self.vision is not None
+            if (found := text.count(self.vision.tokens)) != len(sample.images):
+                raise TemplateRefusal(f"it renders {found} of {len(sample.images)} images")
         spans = []
         for at, turn in enumerate(sample.turns):
             if turn["role"] != "assistant":
@@ -150,9 +162,13 @@ class Renderer:
             if self.eos is not None:
                 ids, trained = np.append(ids, np.int32(self.eos)), np.append(trained, True)
         trained[:1] = False  # nothing stands before the first token that could predict it
-        return Tokens(ids, trained)
+        if isinstance(sample, Joined) or not sample.images:
+            return Tokens(ids, trained)
+        assert self.vision is not None
+        soft = ids == self.vision.token_id
+        return Tokens(ids, trained & ~soft, images=sample.images, soft=soft)
 
-    def _render(self, turns: Sequence[dict[str, str]], answer_next: bool = False) -> str:
+    def _render(self, turns: Sequence[dict[str, Any]], answer_next: bool = False) -> str:
         import jinja2
 
         try:
@@ -162,7 +178,8 @@ class Renderer:
         except (jinja2.TemplateError, TypeError, ValueError) as error:  # a template is a program: any of them
             raise TemplateRefusal(str(error)) from error
         assert isinstance(rendered, str)
-        return rendered
+        # No text of a row holds the mark: it is a special token, and such rows are rejected.
+        return rendered if self.vision is None else rendered.replace(self.vision.mark, self.vision.tokens)
 
 
 class TemplateRefusal(Exception):

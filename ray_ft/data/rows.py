@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from ray_ft.data.images import BadImage, ImageReader
 from ray_ft.data.lines import Reject
 from ray_ft.recipe import (
+    ImageQuestionSource,
     MessagesSource,
     PromptCompletionSource,
     Source,
@@ -32,18 +34,24 @@ _repr.maxlevel = 3
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns for the chat template; every assistant turn is trained. Each turn is {"role", "content"}."""
+    """Turns for the chat template; every assistant turn is trained. Each turn is {"role", "content"}.
 
-    turns: tuple[dict[str, str], ...]
+    Attributes:
+        images: checked files of the images, in the order of the turns. The content of a turn with images is a list of
+            {"type": "text", "text"} and {"type": "image"}; of any other it is text.
+    """
+
+    turns: tuple[dict[str, Any], ...]
+    images: tuple[bytes, ...] = ()
 
     @property
-    def prompt(self) -> tuple[dict[str, str], ...]:
+    def prompt(self) -> tuple[dict[str, Any], ...]:
         """All turns before the last answer."""
         return self.turns[:-1]
 
     @property
     def answer(self) -> str:
-        return self.turns[-1]["content"]
+        return str(self.turns[-1]["content"])
 
 
 @dataclass(frozen=True)
@@ -63,10 +71,16 @@ class _Unusable(Exception):
         self.reject = Reject(reason, detail)
 
 
-def to_sample(source: Source, row: dict[str, Any], special: re.Pattern[str] | None = None) -> Sample | Reject:
+def to_sample(
+    source: Source,
+    row: dict[str, Any],
+    special: re.Pattern[str] | None = None,
+    images: ImageReader | None = None,
+) -> Sample | Reject:
     """What the source's format makes of one row.
 
     Args:
+        images: reads the images that the row names; None: rows with images are rejected.
         special: finds the tokenizer's special tokens (`Renderer.special`). A row that holds the text of one is
             rejected: the tokenizer would make the token itself of it, so that a quoted ``<end_of_turn>`` ends the
             turn. Those that the recipe's own templates hold are meant.
@@ -75,15 +89,37 @@ def to_sample(source: Source, row: dict[str, Any], special: re.Pattern[str] | No
         sample = _READERS[type(source)](source, row)
         if special:
             _check_special(source, sample, special)
+        return _with_images(sample, images) if isinstance(sample, Conversation) else sample
     except _Unusable as unusable:
         return unusable.reject
-    return sample
+
+
+def _with_images(sample: Conversation, images: ImageReader | None) -> Conversation:
+    """The sample with what its readers left in place of images read, last of all: it takes longest."""
+    turns, files = [], []
+    for number, turn in enumerate(sample.turns):
+        if isinstance(turn["content"], list):
+            if images is None:
+                raise _Unusable("row with an image", f"message {number}; data.images is null")
+            try:
+                files += [images.read(part["image"]) for part in turn["content"] if part["type"] == "image"]
+            except BadImage as bad:
+                raise _Unusable(bad.reason, bad.detail) from None
+            parts = [{"type": "image"} if part["type"] == "image" else part for part in turn["content"]]
+            turn = {**turn, "content": parts}
+        turns.append(turn)
+    return Conversation(tuple(turns), tuple(files))
+
+
+def text_of(content: str | list[dict[str, Any]]) -> str:
+    """Of a turn's content, the texts alone."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def _check_special(source: Source, sample: Sample, special: re.Pattern[str]) -> None:
     # Of the texts as they are joined: the token may come about where two of them meet.
     if isinstance(sample, Conversation):
-        texts = [turn["content"] for turn in sample.turns]
+        texts = [text_of(turn["content"]) for turn in sample.turns]
     else:
         texts = [sample.prompt + sample.answer]
     if not any(map(special.search, texts)):
@@ -118,6 +154,8 @@ def columns_used(source: Source) -> set[str]:
             codes = {source.source_lang_code_field} if source.source_lang_code is None else set()
             codes |= {source.target_lang_code_field} if source.target_lang_code is None else set()
             return {source.source_field, source.target_field} | codes
+        case ImageQuestionSource():
+            return {source.image_field, source.question_field, source.answer_field}
     raise TypeError(f"no reader for {type(source).__name__}")
 
 
@@ -186,15 +224,30 @@ def _messages(source: MessagesSource, row: dict[str, Any]) -> Sample:
     return Conversation(tuple(turns))
 
 
-def _content(message: dict[str, Any]) -> str:
+def _content(message: dict[str, Any]) -> str | list[dict[str, Any]]:
+    """Text; or parts, where one is an image, of which "image" holds what `ImageReader.read` takes."""
     content = message.get("content")
     if isinstance(content, list):
-        parts = [part if isinstance(part, dict) else {"type": type(part).__name__} for part in content]
-        if other := [part for part in parts if part.get("type") != "text"]:
-            raise _Unusable("message part is not text", f"type {_repr.repr(other[0].get('type'))}")
-        content = "".join(_text(part, "text", empty_ok=True) for part in parts)
-        message = {**message, "content": content}
+        parts = [_part(part, message.get("role")) for part in content]
+        if any(part["type"] == "image" for part in parts):
+            return parts
+        message = {**message, "content": "".join(part["text"] for part in parts)}
     return _text(message, "content", empty_ok=message.get("role") == "system")
+
+
+def _part(part: Any, role: Any) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind == "text":
+        return {"type": "text", "text": _text(part, "text", empty_ok=True)}
+    if kind not in ("image", "image_url"):
+        raise _Unusable("message part is neither text nor image", f"type {_repr.repr(kind)}")
+    if role != "user":
+        raise _Unusable("image in a message that is not the user's", f"it is the {role}'s")
+    keys = ("image_url",) if kind == "image_url" else ("image", "path", "url", "bytes")
+    found = next((part[key] for key in keys if part.get(key) is not None), None)
+    if found is None:
+        raise _Unusable("no image", f"a part of type {kind!r} holds none of {', '.join(keys)}")
+    return {"type": "image", "image": found}
 
 
 def _prompt_completion(source: PromptCompletionSource, row: dict[str, Any]) -> Sample:
@@ -219,6 +272,17 @@ def _translation(source: TranslationSource, row: dict[str, Any]) -> Sample:
     return _asked(prompt, _text(row, source.target_field), chat=True)
 
 
+def _image_question(source: ImageQuestionSource, row: dict[str, Any]) -> Sample:
+    if row.get(source.image_field) is None:
+        raise _Unusable("no image", f"field {source.image_field!r} is missing or null")
+    parts = [
+        {"type": "image", "image": row[source.image_field]},
+        {"type": "text", "text": _text(row, source.question_field)},
+    ]
+    answer = _text(row, source.answer_field)
+    return Conversation(({"role": "user", "content": parts}, {"role": "assistant", "content": answer}))
+
+
 def _plain(source: TextSource, row: dict[str, Any]) -> Sample:
     return Joined("", _text(row, source.field))
 
@@ -229,4 +293,5 @@ _READERS: dict[type[Source], Callable[[Any, dict[str, Any]], Sample]] = {
     TemplateSource: _template,
     TranslationSource: _translation,
     TextSource: _plain,
+    ImageQuestionSource: _image_question,
 }

@@ -123,7 +123,7 @@ class _Judge:
         rows = part.read(prepared)
         total = 0.0
         for micro in micro_batches(rows, self._recipe.train.micro_batch):
-            total += float(self._model(*tensors(micro, self._device))[:, 0].sum())
+            total += float(self._model(*tensors(prepared.seen(micro), self._device))[:, 0].sum())
         return total, int(objective.of(self._recipe).targets(rows.flags).sum())
 
 
@@ -139,7 +139,8 @@ def whole_model(weights: Trained | str, recipe: Recipe, device: torch.device) ->
         return replace(weights, base=weights.recipe.model.folder()).model(device, dtype)
     folder = paths.model_folder(weights)
     config = load.load_config(folder)
-    model = load.build(config, attention.choose("auto", device.type, config, dtype).implementation, dtype)
+    chosen = attention.choose("auto", device.type, config, dtype, images=recipe.data.images is not None)
+    model = load.build(config, chosen.implementation, dtype)
     load.allocate(model, device)
     load.fill(model, folder, load.whole_spans(model))
     return model.eval()

@@ -47,7 +47,14 @@ class LossModel(nn.Module):
         self.model = model
         self.chunk = chunk
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        labels: torch.Tensor,
+        soft: torch.Tensor | None = None,
+        pixels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Sums of the negative log-likelihoods of the target tokens, in nats.
 
         Args:
@@ -55,15 +62,19 @@ class LossModel(nn.Module):
             position_ids: int64 [rows, tokens], restarting at 0 with each document. They alone keep documents apart: an
                 attention mask, even of ones, would let them see each other.
             labels: int64 [rows, tokens], not shifted; `IGNORE` where there is no target.
+            soft: bool [rows, tokens], which tokens stand for parts of images; None in a run without images.
+            pixels: float32 [images, channels, height, width], in the order of their tokens.
 
         Returns:
             float32 [rows, 1]: of each row. It depends on every trained parameter also where no token is a target, so
             that no worker leaves a collective operation out.
         """
-        # The language model itself: text passes by a vision-language model's towers, and its masks stay those of text.
-        hidden = self.model.get_decoder()(
-            input_ids=input_ids, use_cache=False, **self._documents(position_ids)
-        ).last_hidden_state
+        if soft is None or pixels is None:
+            # The language model itself: text passes by a vision-language model's towers, and has the masks of text.
+            decoder = self.model.get_decoder()
+            hidden = decoder(input_ids=input_ids, use_cache=False, **self._documents(position_ids)).last_hidden_state
+        else:
+            hidden = self._seeing(input_ids, position_ids, soft, pixels)
         targets = labels[:, 1:]
         wanted = targets != IGNORE
         states, words = hidden[:, :-1][wanted], targets[wanted]
@@ -78,6 +89,21 @@ class LossModel(nn.Module):
         else:
             total = total.index_add(0, wanted.nonzero()[:, 0], torch.cat(losses))
         return torch.stack([total], dim=1)  # no view: FSDP's hooks want an output of its own
+
+    def _seeing(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, soft: torch.Tensor, pixels: torch.Tensor
+    ) -> torch.Tensor:
+        """The last hidden states, the tokens of one image seeing each other in both directions.
+
+        Where there is no image, a black one is looked at and counts nothing: a tower that lies in shards is gathered by
+        all workers together, and the others may have images.
+        """
+        inner = self.model.base_model
+        given = {"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": soft.long()}
+        if len(pixels):
+            return inner(**given, pixel_values=pixels, use_cache=False).last_hidden_state
+        black = inner.get_image_features(pixels.new_zeros(1, *pixels.shape[1:])).pooler_output
+        return inner(**given, use_cache=False).last_hidden_state + black.sum() * 0.0
 
     def _documents(self, position_ids: torch.Tensor) -> dict[str, Any]:
         """Position ids, and what else the family or the attention needs to keep documents apart."""

@@ -9,6 +9,8 @@ never dictionaries. Nothing here imports torch or ray.
 from ray_ft.recipe.data import (
     AnySource,
     Data,
+    ImageQuestionSource,
+    Images,
     MessagesSource,
     PromptCompletionSource,
     Source,
@@ -40,6 +42,8 @@ __all__ = [
     "Evaluate",
     "Failures",
     "Gateway",
+    "ImageQuestionSource",
+    "Images",
     "Median",
     "MessagesSource",
     "Model",
