@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 SIZE = 64  # pixels of a side
 PATCH, TOKENS = 8, 16  # of the tower: pixels of a patch's side, and soft tokens of an image
 COUNTS = ("one", "two", "three", "four")
-SHAPES = ("circle", "square", "triangle")
+SHAPES = ("circle", "cross", "triangle")
+PLURALS = {"circle": "circles", "cross": "crosses", "triangle": "triangles"}
 COLOURS = {"red": (210, 40, 40), "green": (40, 160, 60), "blue": (50, 70, 210), "yellow": (225, 190, 30)}
 QUESTIONS = ("How many shapes are there?", "What colour are they?", "Which shape is it?", "What is in the picture?")
 HELDOUT = 240
@@ -99,7 +100,7 @@ def _rows(rng: random.Random) -> Iterator[dict[str, Any]]:
         if buffer.getvalue() in seen:
             continue
         seen.add(buffer.getvalue())
-        whole = f"{count} {colour} {shape}{'s' * (count != 'one')}"
+        whole = f"{count} {colour} {shape if count == 'one' else PLURALS[shape]}"
         answer = dict(zip(QUESTIONS, (count, colour, shape, whole), strict=True))[question]
         yield {"id": f"{number:06d}", "image": buffer.getvalue(), "question": question, "answer": answer}
         number += 1
@@ -114,14 +115,15 @@ def draw(rng: random.Random, count: int, shape: str, colour: str) -> Image:
     pen = ImageDraw.Draw(picture)
     half = SIZE // 2
     for quarter in rng.sample(range(4), count):
-        radius = rng.uniform(9, 13)
+        radius = rng.uniform(10, 14)
         x, y = (half * at + rng.uniform(radius + 1, half - radius - 1) for at in divmod(quarter, 2))
         fill = tuple(min(max(value + rng.randrange(-20, 21), 0), 255) for value in COLOURS[colour])
         if shape == "circle":
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
-        elif shape == "square":
-            side = radius * 0.9
-            pen.rectangle((x - side, y - side, x + side, y + side), fill=fill)
+        elif shape == "cross":
+            arm = radius / 3
+            pen.rectangle((x - radius, y - arm, x + radius, y + arm), fill=fill)
+            pen.rectangle((x - arm, y - radius, x + arm, y + radius), fill=fill)
         else:
             turns = (-1 / 4, 1 / 12, 5 / 12)  # of its corners, up first
             pen.polygon(
@@ -140,7 +142,7 @@ def _write_base(folder: str, seed: int) -> None:
     )
 
     words = [
-        f"{count} {colour} {shape} {shape}s {count} {colour} {shape}"
+        f"{count} {colour} {shape} {PLURALS[shape]} {count} {colour} {shape}"
         for count in COUNTS
         for colour in COLOURS
         for shape in SHAPES

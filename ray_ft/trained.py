@@ -86,6 +86,11 @@ class Trained:
             ["prepare them again: ray-ft train RECIPE goes through the data first and then finds the run trained"],
         )
 
+    @property
+    def image_tokens(self) -> int:
+        """Soft tokens of an image, where the base sees."""
+        return int(load.load_config(self.base).mm_tokens_per_image)
+
     def model(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         """The whole trained model on one device, its adapter beside the base, ready to answer.
 

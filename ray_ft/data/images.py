@@ -9,6 +9,7 @@ the first frame is taken), as chat endpoints take them.
 
 from __future__ import annotations
 
+import base64
 import binascii
 import io
 import posixpath
@@ -203,8 +204,9 @@ def picture(content: bytes) -> PIL.Image.Image:
     return opened.convert("RGB")
 
 
-def mime(content: bytes) -> str:
-    """The media type of a checked file, such as "image/png"."""
+def data_url(content: bytes) -> str:
+    """A checked file as ``data:image/png;base64,…``, as OpenAI's messages carry it."""
     from PIL import Image
 
-    return Image.MIME[Image.open(io.BytesIO(content), formats=KINDS).format or "PNG"]
+    kind = Image.MIME[Image.open(io.BytesIO(content), formats=KINDS).format or "PNG"]
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -19,7 +19,7 @@ from ray_ft.errors import ExportError, first_line
 from ray_ft.export import gate, lora, pushing, weights
 from ray_ft.export.case import Case
 from ray_ft.export.checks import ADAPTER, MERGED, MODEL
-from ray_ft.export.checks.text import stop_ids_of
+from ray_ft.export.checks.text import images, stop_ids_of
 from ray_ft.export.describe import checksums, describe, write_card
 from ray_ft.export.vllm_process import Vllm, obstacle
 from ray_ft.model import load
@@ -81,6 +81,8 @@ def export(
             weights.write(trained, folder, case.plan)
             _copy_rest(trained, folder)
         wanted = ADAPTER if adapter_only else MERGED if trained.recipe.model.adapter else MODEL
+        if trained.recipe.data.images and not adapter_only:
+            wanted = (images, *wanted)
         checks = gate.examine(case, wanted)
         for line in gate.summary(checks):
             view.line(line)

@@ -165,7 +165,7 @@ def test_pictures_are_upright_and_opaque() -> None:
     assert picture(buffer.getvalue()).size == (20, 10)
     assert picture(png((255, 0, 0, 0), mode="RGBA")).getpixel((3, 3)) == (255, 255, 255)
     assert picture(png(77, mode="L")).getpixel((0, 0)) == (77, 77, 77)
-    assert images.mime(png()) == "image/png"
+    assert images.data_url(png()) == url(png())
 
 
 def test_all_rows_of_both_formats_come_with_their_pictures(pictures: DemoPaths, tmp_path: Path) -> None:

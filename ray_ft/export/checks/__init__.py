@@ -17,7 +17,7 @@ from ray_ft.export.checks.files import (
 from ray_ft.export.checks.text import chat_template, stop_ids
 from ray_ft.export.gate import Check
 
-#: Of a whole model.
+#: Of a whole model; `text.images` besides, where it was trained on some.
 MODEL: tuple[Check, ...] = (
     base,
     keys,
