@@ -13,6 +13,7 @@ import yaml
 
 from ray_ft import recipe
 from ray_ft.demo import PROMPT, DemoPaths, write_demo
+from ray_ft.pictures import write_pictures
 from ray_ft.recipe import Recipe
 
 # The same examples each time, so that one commit passes or fails for all; `pytest --hypothesis-profile hunt` looks for
@@ -26,6 +27,12 @@ hypothesis.settings.load_profile("same")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoPaths:
     """600 training rows in three files, 300 held-out ones, and a Gemma 3 of two layers: sliding and full attention."""
     return write_demo(str(tmp_path_factory.mktemp("demo")), rows=600, hidden_size=32, layers=2)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> DemoPaths:
+    """36 rows with pictures, in Parquet and as messages that name files, and a Gemma 3 that sees."""
+    return write_pictures(str(tmp_path_factory.mktemp("pictures") / "demo"), rows=36)
 
 
 @pytest.fixture

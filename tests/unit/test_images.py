@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from distributed import pictured_recipe as recipe_of
 from distributed import run, run_job
 from PIL import Image
 from transformers import AutoProcessor, Gemma3ForConditionalGeneration
 
-from ray_ft import recipe as recipes
 from ray_ft.data import images, pack
 from ray_ft.data.images import BadImage, ImageReader, picture
 from ray_ft.data.order import Order
@@ -32,17 +32,11 @@ from ray_ft.demo import DemoPaths
 from ray_ft.errors import ModelError, RecipeError, StorageError
 from ray_ft.model import adapt, attention, load
 from ray_ft.model.loss import LossModel
-from ray_ft.pictures import write_pictures
-from ray_ft.recipe import Images, Recipe
+from ray_ft.recipe import Images
 from ray_ft.train.loop import tensors
 from ray_ft.train.worker import Job
 
 ANSWER = {"role": "assistant", "content": "two"}
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> DemoPaths:
-    return write_pictures(str(tmp_path_factory.mktemp("pictures") / "demo"), rows=36)
 
 
 def png(colour: Any = (200, 30, 30), size: tuple[int, int] = (20, 30), mode: str = "RGB", kind: str = "PNG") -> bytes:
@@ -53,22 +47,6 @@ def png(colour: Any = (200, 30, 30), size: tuple[int, int] = (20, 30), mode: str
 
 def url(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode()
-
-
-def recipe_of(pictures: DemoPaths, storage: Path, sources: list[dict[str, Any]] | None = None, *more: str) -> Recipe:
-    given = [{"path": pictures.train[0], "format": "image_question"}, {"path": pictures.train[1], "format": "messages"}]
-    content: dict[str, Any] = {
-        "run": {"name": "run", "storage": str(storage)},
-        "model": {"path": pictures.base},
-        "data": {"train": sources or given, "images": {}, "seq_len": 128},
-        "train": {
-            "strategy": "none", "workers": 0, "device": "cpu", "global_batch": 4, "micro_batch": 2, "log_every": 1,
-            "optimizer": {"lr": 1e-3},
-        },
-    }  # fmt: skip
-    for override in more:
-        recipes.apply_override(content, override)
-    return recipes.parse(content)
 
 
 Messages = Callable[..., Prepared]
