@@ -69,7 +69,8 @@ def asked_for_labels(settings: Recipe, run: str) -> dict[str, float]:
         for file in sources.find_files(source)
         for chunk in sources.chunks_of(file, 0)
         for row in sources.read_rows(chunk, columns_used(source))
-        if isinstance(row.content, dict) and isinstance(sample := to_sample(source, row.content, None, names), Labelled)
+        if isinstance(row.content, dict)
+        and isinstance(sample := to_sample(source, row.content, labels=names), Labelled)
     ]
     port, key = free_port(), secrets.token_urlsafe(32)
     with serving(["serve", run, "--port", str(port)], port, key) as url:
@@ -116,6 +117,7 @@ TASKS = {
     "preference": Task(
         "preference_quickstart", "preference", {"reward_accuracy": 0.9, "exact_match": 0.8}, after="translation"
     ),
+    "vision": Task("vision_quickstart", "vision", {"exact_match": 0.9}),
 }
 
 

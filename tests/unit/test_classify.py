@@ -58,7 +58,7 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def test_a_base_gives_all_but_the_head_and_the_loss_is_that_of_transformers_class(base: str, tmp_path: Path) -> None:
     model = filled(base)
     assert not head(model).weight.any()
-    batch = loop.tensors(rows := rows_of(samples()), torch.device("cpu"))
+    batch = objective.tensors(rows := rows_of(samples()), torch.device("cpu"))
     first = LabelLoss(model)(*batch)
     assert first[:, 0].sum().item() == pytest.approx(12 * math.log(3), rel=1e-5)  # of all labels alike
 
@@ -72,7 +72,9 @@ def test_a_base_gives_all_but_the_head_and_the_loss_is_that_of_transformers_clas
     assert len(found) == len(rows) < 12  # packed
     assert found[:, 0].sum().item() == pytest.approx(F.cross_entropy(logits, wanted, reduction="sum").item(), rel=1e-4)
     assert found[:, 1].sum().item() == (logits.argmax(-1) == wanted).sum().item()
-    logs = LabelLoss(model).log_probabilities(*loop.tensors(rows_of(samples(), packing=False), torch.device("cpu")))
+    logs = LabelLoss(model).log_probabilities(
+        *objective.tensors(rows_of(samples(), packing=False), torch.device("cpu"))
+    )
     torch.testing.assert_close(logs, torch.log_softmax(logits, -1), rtol=1e-4, atol=1e-4)
 
 
@@ -98,15 +100,17 @@ def test_a_base_that_lacks_anything_else_is_refused(tmp_path: Path) -> None:
 def test_weights_count_in_training_alone_and_padding_has_a_gradient_for_all(demo: DemoPaths) -> None:
     model = filled(demo.base)
     torch.nn.init.normal_(head(model).weight)
-    module, batch = LabelLoss(model, WEIGHTS), loop.tensors(rows_of(samples()), torch.device("cpu"))
-    logs = LabelLoss(model).log_probabilities(*loop.tensors(rows_of(samples(), packing=False), torch.device("cpu")))
+    module, batch = LabelLoss(model, WEIGHTS), objective.tensors(rows_of(samples()), torch.device("cpu"))
+    logs = LabelLoss(model).log_probabilities(
+        *objective.tensors(rows_of(samples(), packing=False), torch.device("cpu"))
+    )
     wanted = torch.tensor([y for _, y in samples()])
     weighted = F.nll_loss(logs, wanted, torch.tensor(WEIGHTS), reduction="sum")
     assert module.train()(*batch)[:, 0].sum().item() == pytest.approx(weighted.item(), rel=1e-5)
     plain = F.nll_loss(logs, wanted, reduction="sum")
     assert module.eval()(*batch)[:, 0].sum().item() == pytest.approx(plain.item(), rel=1e-5)
 
-    found = module.train()(*loop.tensors(Rows.blank(2, 64), torch.device("cpu")))
+    found = module.train()(*objective.tensors(Rows.blank(2, 64), torch.device("cpu")))
     assert not found.any()
     found[:, 0].sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -234,7 +238,7 @@ def test_steps_equal_one_text_a_row_in_one_process(
 def test_no_text_sees_a_label_and_the_comparison_would_notice(demo: DemoPaths) -> None:
     model = filled(demo.base)
     torch.nn.init.normal_(head(model).weight)
-    module, (ids, positions, labels) = LabelLoss(model), loop.tensors(rows_of(samples()), torch.device("cpu"))
+    module, (ids, positions, labels) = LabelLoss(model), objective.tensors(rows_of(samples()), torch.device("cpu"))
     others = torch.where(labels == IGNORE, ids, (ids + 1) % 3)
     said = module.log_probabilities(ids, positions, labels)
     assert torch.equal(module.log_probabilities(others, positions, labels), said)
