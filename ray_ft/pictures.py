@@ -132,6 +132,12 @@ def draw(rng: random.Random, count: int, shape: str, colour: str) -> Image:
     return picture
 
 
+def _published(name: str) -> str:
+    name = name.removeprefix("model.")
+    name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+    return name.replace("language_model.", "language_model.model.", 1)
+
+
 def _write_base(folder: str, seed: int) -> None:
     from transformers import (
         Gemma3Config,
@@ -148,7 +154,8 @@ def _write_base(folder: str, seed: int) -> None:
         for shape in SHAPES
     ]
     bare = [*COUNTS, *SHAPES, *COLOURS, "user", "model"]  # the first of an answer has no space before it
-    tokenizer = demo.make_tokenizer([*QUESTIONS * 20, *words * 4, *bare * 40, "\n\n"], TEMPLATE, MARKS)
+    tokenizer = demo.make_tokenizer([*QUESTIONS * 20, *words * 4, *bare * 40], TEMPLATE, MARKS)
+    tokenizer.add_tokens(["\n" * count for count in range(1, 5)])  # as Gemma has them, and vLLM looks for them
     width = 128
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in MARKS.items()}
     config = Gemma3Config(
@@ -169,6 +176,6 @@ def _write_base(folder: str, seed: int) -> None:
         initializer_range=width**-0.5 / 2,
         tie_word_embeddings=True,
     )
-    demo.write_model(folder, Gemma3ForConditionalGeneration, config, tokenizer, seed)
+    demo.write_model(folder, Gemma3ForConditionalGeneration, config, tokenizer, seed, _published)
     processor = Gemma3ImageProcessorPil(size={"height": SIZE, "width": SIZE})
     Gemma3Processor(processor, tokenizer, chat_template=TEMPLATE, image_seq_length=TOKENS).save_pretrained(folder)
