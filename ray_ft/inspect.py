@@ -83,7 +83,9 @@ def _examples(order: Order, tokenizer: object, count: int, coloured: bool) -> It
         for ids, flags in zip(rows.input_ids, rows.flags, strict=True):
             starts = np.flatnonzero(flags & pack.START)
             end = starts[1] if len(starts) > 1 else len(ids)
-            yield _decoded(ids[:end], (flags[:end] & pack.TRAINED) > 0, tokenizer, coloured)
+            soft = (flags[:end] & pack.IMAGE) != 0
+            shown = ~(soft & np.roll(soft, 1))  # of an image's tokens, the first
+            yield _decoded(ids[:end][shown], (flags[:end][shown] & pack.TRAINED) > 0, tokenizer, coloured)
 
 
 def _decoded(ids: np.ndarray, trained: np.ndarray, tokenizer: object, coloured: bool) -> Text:
