@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -97,9 +97,18 @@ def _special(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def write_model(
-    folder: str, kind: type[PreTrainedModel], config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, seed: int
+    folder: str,
+    kind: type[PreTrainedModel],
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    published: Callable[[str], str] = str,
 ) -> None:
-    """Write a Hugging Face folder of a model of this class whose weights are drawn from the seed."""
+    """Write a Hugging Face folder of a model of this class whose weights are drawn from the seed.
+
+    Args:
+        published: name in memory → name in published checkpoints, for which other readers look.
+    """
     import torch
     from safetensors.torch import save_file
     from transformers import GenerationConfig
@@ -111,7 +120,8 @@ def write_model(
             # transformers begins with zeros, which a norm then divides by their length.
             part.mm_input_projection_weight.data.normal_(std=part.mm_input_projection_weight.shape[0] ** -0.5)
     # Not save_pretrained: it draws a bar, and imports DeepSpeed wherever that is installed.
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    tied = model.all_tied_weights_keys
+    weights = {published(name): tensor for name, tensor in model.state_dict().items() if name not in tied}
     os.makedirs(folder, exist_ok=True)
     save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]

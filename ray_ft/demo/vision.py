@@ -125,6 +125,7 @@ def write_base(folder: str, texts: Iterable[str], seed: int, hidden_size: int, l
     )
 
     tokenizer = base.make_tokenizer([*texts, *_words()], TEMPLATE, MARKS)
+    tokenizer.add_tokens(["\n" * count for count in range(1, 5)])  # as Gemma has them, and vLLM looks for them
     width = hidden_size
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in MARKS.items()}
     config = Gemma3Config(
@@ -145,7 +146,7 @@ def write_base(folder: str, texts: Iterable[str], seed: int, hidden_size: int, l
         initializer_range=width**-0.5 / 2,
         tie_word_embeddings=True,
     )
-    base.write_model(folder, Gemma3ForConditionalGeneration, config, tokenizer, seed)
+    base.write_model(folder, Gemma3ForConditionalGeneration, config, tokenizer, seed, _published)
     processor = Gemma3ImageProcessorPil(size={"height": SIZE, "width": SIZE})
     Gemma3Processor(processor, tokenizer, chat_template=TEMPLATE, image_seq_length=TOKENS).save_pretrained(folder)
 
@@ -159,7 +160,13 @@ def _words() -> list[str]:
         for colour in COLOURS
         for shape in SHAPES
     ]
-    return [*QUESTIONS * 20, *phrases * 4, *bare * 40, "\n\n"]
+    return [*QUESTIONS * 20, *phrases * 4, *bare * 40]
+
+
+def _published(name: str) -> str:
+    name = name.removeprefix("model.")
+    name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+    return name.replace("language_model.", "language_model.model.", 1)
 
 
 TASK = Task("pictures of shapes, to be asked about", 6_000, draw, write_base=write_base, layers=2)

@@ -128,4 +128,4 @@ def test_pictures_arrive_with_their_rows(ray_cluster: None, pictures: DemoPaths,
         for ours, theirs in zip(one.rows.pixels, other.rows.pixels, strict=True):
             np.testing.assert_array_equal(ours, theirs)
             counts.add(len(ours))
-    assert 0 in counts and len(counts) > 2  # of rows of one batch, too
+    assert {0} < counts  # with some and with none, in one batch too

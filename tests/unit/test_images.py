@@ -21,6 +21,7 @@ from distributed import run, run_job
 from PIL import Image
 from transformers import AutoProcessor, Gemma3ForConditionalGeneration
 
+from ray_ft import inspect
 from ray_ft.data import images, pack
 from ray_ft.data.images import BadImage, ImageReader, picture
 from ray_ft.data.order import Order
@@ -495,3 +496,10 @@ def test_a_tiny_model_learns_to_see(pictures: DemoPaths, tmp_path: Path) -> None
     _, found = run_job(0, 1, Job(recipe, prepared, None))
     # Two targets a row, the colour and the end of the turn: guessing among four gives ln 4 ÷ 2 = 0.69.
     assert found[-1]["loss"] < 0.35
+
+
+def test_what_training_will_see_shows_one_token_of_an_image(of_messages: Messages, pictures: DemoPaths) -> None:
+    order = Order.once(of_messages(asking(png(), "Which shape is it?"), more=("data.packing=false",)))
+    (text,) = inspect._examples(order, load_tokenizer(pictures.base), 1, [], coloured=False)
+    seen = "<start_of_image><image_soft_token><end_of_image>⏎⏎Which shape is it?<end_of_turn>⏎<start_of_turn>model⏎⟦two"
+    assert seen in str(text)
