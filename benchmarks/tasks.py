@@ -14,6 +14,7 @@ A further task is one entry of `TASKS`; one that is not asked by chat says how i
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import secrets
@@ -69,7 +70,8 @@ def asked_for_labels(settings: Recipe, run: str) -> dict[str, float]:
         for file in sources.find_files(source)
         for chunk in sources.chunks_of(file, 0)
         for row in sources.read_rows(chunk, columns_used(source))
-        if isinstance(row.content, dict) and isinstance(sample := to_sample(source, row.content, None, names), Labelled)
+        if isinstance(row.content, dict)
+        and isinstance(sample := to_sample(source, row.content, labels=names), Labelled)
     ]
     port, key = free_port(), secrets.token_urlsafe(32)
     with serving(["serve", run, "--port", str(port)], port, key) as url:
@@ -96,6 +98,7 @@ class Task:
         targets: score → what the trained model has to reach on held-out rows, and over HTTP.
         asked: from (recipe, run) the same scores of answers over HTTP, but those in `OFFLINE`.
         after: the task whose export it begins from; None: an untrained base.
+        needs: modules beside vLLM without which its export cannot be served; where one is missing, it is not asked.
     """
 
     recipe: str
@@ -103,6 +106,11 @@ class Task:
     targets: dict[str, float]
     asked: Callable[[Recipe, str], dict[str, float]] = asked_by_chat
     after: str | None = None
+    needs: tuple[str, ...] = ()
+
+    @property
+    def served(self) -> bool:
+        return all(map(importlib.util.find_spec, self.needs))
 
 
 #: Scores of what a model finds likely, which no endpoint tells.
@@ -117,6 +125,7 @@ TASKS = {
     "preference": Task(
         "preference_quickstart", "preference", {"reward_accuracy": 0.9, "exact_match": 0.05}, after="translation"
     ),
+    "vision": Task("vision_quickstart", "vision", {"exact_match": 0.9}, needs=("torchvision",)),
 }
 
 
@@ -186,14 +195,15 @@ def _rows(name: str, task: Task) -> list[Row]:
         _verb(name, "export", run)
         checks = paths.read_json(paths.join(settings.run.dir.export, paths.MANIFEST))["checks"]
         exported = f"{len(checks)} checks"
-        http = task.asked(settings, run)
+        http = task.asked(settings, run) if task.served else {}
     except StepFailed as failure:
         print(f"{name}: {failure}", file=sys.stderr, flush=True)
     sides = [report.get(side) or {} for side in ("base", "model")]
     rows = []
     for score, target in task.targets.items():
         base, trained = (((side.get("scores") or {}) | (side.get("statistics") or {})).get(score) for side in sides)
-        rows.append(Row(score, base, trained, target, http.get(score), score not in OFFLINE, minutes, exported))
+        served = task.served and score not in OFFLINE
+        rows.append(Row(score, base, trained, target, http.get(score), served, minutes, exported))
     return rows
 
 

@@ -86,8 +86,10 @@ def _examples(order: Order, tokenizer: object, count: int, labels: list[str], co
         for ids, flags in zip(rows.input_ids, rows.flags, strict=True):
             starts = [*np.flatnonzero(flags & pack.START).tolist(), len(ids)]
             paired = bool(pack.pairs(flags[None])[0])
+            soft = (flags & pack.IMAGE) != 0
+            shown = ~(soft & np.roll(soft, 1))  # of an image's tokens, the first
             for at, name in enumerate(("chosen: ", "rejected: ") if paired else ("",)):
-                document = slice(starts[at], starts[at + 1])
+                document = np.arange(starts[at], starts[at + 1])[shown[starts[at] : starts[at + 1]]]
                 trained = (flags[document] & pack.TRAINED) > 0
                 yield Text.assemble("  ", name, _decoded(ids[document], trained, tokenizer, labels, coloured))
 

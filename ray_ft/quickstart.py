@@ -136,7 +136,7 @@ def ask(url: str, key: str, model: str, questions: Sequence[Question], max_token
     client = openai.OpenAI(base_url=url, api_key=key, http_client=openai.DefaultHttpxClient(trust_env=False))
 
     def one(question: Question) -> str:
-        messages: Any = question.sample.prompt
+        messages: Any = question.prompt.messages
         reply = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=max_tokens)
         return reply.choices[0].message.content or ""
 

@@ -95,6 +95,11 @@ class Trained:
             ["prepare them again: ray-ft train RECIPE goes through the data first and then finds the run trained"],
         )
 
+    @property
+    def image_tokens(self) -> int:
+        """Soft tokens of an image, where the base sees."""
+        return int(load.load_config(self.base).mm_tokens_per_image)
+
     def model(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         """The whole trained model on one device, its adapter beside the base, ready to answer.
 
@@ -105,9 +110,10 @@ class Trained:
         """
         config, settings = self.config(), self.recipe.model
         # What it was trained with may not run here: an export or evaluation on CPUs of what GPUs have trained.
-        chosen = attention.choose("auto", device.type, config, dtype)
+        images = self.recipe.data.images is not None
+        chosen = attention.choose("auto", device.type, config, dtype, images=images)
         model = load.build(config, chosen.implementation, dtype)
-        adapted = adapt.adapt(model, settings, dtype, dtype, packed=device.type == "cuda")
+        adapted = adapt.adapt(model, settings, dtype, dtype, packed=device.type == "cuda", images=images)
         load.allocate(model, device)
         load.fill(model, self.base, load.whole_spans(model))
         names = self.trained_names()

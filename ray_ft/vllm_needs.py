@@ -5,6 +5,7 @@ Pure arithmetic on a model's ``config.json``; loads nothing. Sizes in bytes.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,11 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 #: Ranks that vLLM makes room for (`vllm.config.lora.MaxLoRARanks`); an adapter of another is padded up to the next.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def lacks_torchvision(hf_config: Mapping[str, Any]) -> bool:
+    """Whether vLLM cannot load the model here, as it loads those with parts beside the text model by torchvision."""
+    return "text_config" in hf_config and importlib.util.find_spec("torchvision") is None
 
 
 def kv_bytes_per_token(hf_config: Mapping[str, Any], itemsize: int) -> int:

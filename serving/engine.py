@@ -22,6 +22,7 @@ from ray_ft.vllm_needs import (
     cpu_cache,
     environment,
     kv_bytes_per_token,
+    lacks_torchvision,
     least_cpu_cache,
     lora_rank,
     smallest_split,
@@ -210,6 +211,11 @@ def plan(model: Model, cluster: Cluster) -> Plan:
         }
         return Plan(device="gpu", cpus_per_replica=1, cpus_reserved=reserved(1), gpus_per_replica=gpus, **shared)
 
+    if lacks_torchvision(model.hf_config):  # that of GPU machines comes with vLLM
+        raise ServeError(
+            f"{model.folder} is a vision-language model, which vLLM loads by torchvision: it is not installed",
+            ["serve it where there are GPUs: their lock has it", "install a torchvision that was built for CPU torch"],
+        )
     per_node = math.ceil(high / cluster.nodes)
     threads = max(1, cluster.node_cpus // per_node)
     engine |= {

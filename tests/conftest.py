@@ -49,6 +49,12 @@ def write_lines(file: Path, rows: list[dict[str, Any]]) -> str:
     return str(file)
 
 
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> DemoPaths:
+    """90 rows with pictures: messages that name files and that hold them, and Parquet; and a Gemma 3 that sees."""
+    return write_demo(str(tmp_path_factory.mktemp("pictures") / "demo"), task="vision", rows=90)
+
+
 @pytest.fixture
 def make_recipe(demo: DemoPaths, tmp_path: Path) -> Callable[..., Recipe]:
     """Makes a recipe over the demo that trains in this process, without Ray, and keeps its runs in `tmp_path`.

@@ -6,12 +6,7 @@ model has to fit one device; a batch waits for its longest answer, so vLLM is se
 
 from __future__ import annotations
 
-import base64
-import binascii
-import contextlib
-import io
 import itertools
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -25,8 +20,10 @@ from ray_ft.answers.found import Found
 from ray_ft.answers.memory import explained
 from ray_ft.answers.prompt import Rendered
 from ray_ft.answers.target import Answer, Prompt, Sampling
+from ray_ft.data.images import BadImage, ImageReader, picture
 from ray_ft.errors import ModelError, first_line
 from ray_ft.model import attention, load
+from ray_ft.recipe import Images
 
 T = TypeVar("T")
 
@@ -117,9 +114,11 @@ class _Answering:
             self._load()
         answers: dict[int, Answer] = {}
         asked: dict[int, Rendered] = {}
+        seen = {at: prompt for at, prompt in enumerate(prompts) if prompt.has_images}
+        for group in self._alike(seen):
+            answers |= self._see({at: seen[at] for at in group}, sampling)
         for at, prompt in enumerate(prompts):
             if prompt.has_images:
-                answers[at] = self._see(prompt, sampling)
                 continue
             encoded = self._encoder.encode(prompt, sampling)
             if isinstance(encoded, Answer):
@@ -156,22 +155,45 @@ class _Answering:
         output = self._model.generate(**inputs, generation_config=config)
         return output[:, inputs["input_ids"].shape[1] :].tolist()
 
-    def _see(self, prompt: Prompt, sampling: Sampling) -> Answer:
-        """One prompt with images, alone: images of several sizes make no batch."""
+    def _alike(self, seen: dict[int, Prompt]) -> Iterable[list[int]]:
+        """Prompts with images in groups that make a batch: all of Gemma 3's, whose images are scaled to one size."""
+        if self._what.config.model_type == "gemma3":
+            return [list(seen)] if seen else []
+        return [[at] for at in seen]
+
+    def _see(self, prompts: dict[int, Prompt], sampling: Sampling) -> dict[int, Answer]:
+        """Answers to prompts with images, by the number of the prompt."""
         if self._processor is None:
             self._processor = _processor(self._what)
-        assert prompt.messages is not None
-        messages = [{**message, "content": _parts(message["content"])} for message in prompt.messages]
+        messages = {}
+        answers: dict[int, Answer] = {}
+        for at, prompt in prompts.items():
+            assert prompt.messages is not None
+            try:
+                messages[at] = [{**message, "content": _parts(message["content"])} for message in prompt.messages]
+            except BadImage as bad:
+                answers[at] = Answer.failed(f"{bad.reason}: {bad.detail}" if bad.detail else bad.reason)
+        if not messages:
+            return answers
         inputs = self._processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-        encoded = self._encoder.fit(inputs["input_ids"][0].tolist(), sampling)
-        if isinstance(encoded, Answer):
-            return encoded
+            list(messages.values()), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )  # fmt: skip
+        # On the left, so that every answer begins at one column.
+        real = [
+            ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        asked = {at: self._encoder.fit(ids, sampling) for at, ids in zip(messages, real, strict=True)}
+        if short := {at: one for at, one in asked.items() if isinstance(one, Answer)}:  # too long: the others anew
+            return answers | short | self._see({at: prompts[at] for at in asked.keys() - short.keys()}, sampling)
+        rendered = {at: one for at, one in asked.items() if isinstance(one, Rendered)}
         inputs = {
             name: value.to(self._model.dtype) if value.is_floating_point() else value for name, value in inputs.items()
         }
-        return self._encoder.answer(encoded, self._generated(inputs, encoded.room, sampling)[0])
+        new = self._generated(inputs, max(one.room for one in rendered.values()), sampling)
+        for (at, one), row in zip(rendered.items(), new, strict=True):
+            answers[at] = self._encoder.answer(one, row)
+        return answers
 
 
 def _loaded(what: Found, device: torch.device) -> Any:
@@ -234,17 +256,11 @@ def _parts(content: Any) -> list[dict[str, Any]]:
 
 
 def _image(url: str) -> Any:
-    """The image in a data: URL; nothing is fetched.
+    """The image in a data: URL, as training shows it; nothing is fetched.
 
     Raises:
-        ModelError: it is none.
+        BadImage: it is none.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    head, _, body = url.partition(",")
-    with contextlib.suppress(binascii.Error, ValueError, UnidentifiedImageError, OSError):
-        if head.startswith("data:") and head.endswith(";base64"):
-            return Image.open(io.BytesIO(base64.b64decode(body, validate=True))).convert("RGB")
-    raise ModelError(
-        f"no image that can be read: {os.path.basename(head)[:80]!r}", ["give a PNG, JPEG or WebP file, not an address"]
-    )
+    if not url.startswith("data:"):
+        raise BadImage("image is not in a data: URL", f"{url[:80]!r}; nothing is fetched from addresses")
+    return picture(ImageReader("", Images()).read(url))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_ft.answers.found import Found
-from ray_ft.errors import ResourceError
+from ray_ft.errors import ModelError, ResourceError
 from ray_ft.model import load
 from ray_ft.vllm_needs import (
     CPU_OVERHEAD,
@@ -19,6 +19,7 @@ from ray_ft.vllm_needs import (
     cpu_cache,
     environment,
     kv_bytes_per_token,
+    lacks_torchvision,
     least_cpu_cache,
     smallest_split,
 )
@@ -81,7 +82,13 @@ def plan_cpu(what: Found, cpus: int, memory: int) -> Plan:
 
     Raises:
         ResourceError: weights and the cache of two prompts of full length do not fit its memory.
+        ModelError: vLLM cannot load the model here.
     """
+    if lacks_torchvision(what.config.to_dict()):
+        raise ModelError(
+            f"{what.name} is a vision-language model, which vLLM loads by torchvision: it is not installed",
+            ["answer with --engine transformers"],
+        )
     dtype = str(load.stored_dtype(what.config)).removeprefix("torch.")
     dtype = dtype if dtype in ("float32", "bfloat16") else "float32"
     item = ITEMSIZE[dtype]

@@ -16,7 +16,9 @@ from ray_ft.view import View
 @app.command()
 def demo(
     folder: Annotated[str | None, typer.Argument(help="Where to write it; default: demo, or demo-TASK.")] = None,
-    task: Annotated[str, typer.Option(help="translation, reasoning or mixture.")] = "translation",
+    task: Annotated[
+        str, typer.Option(help="translation, reasoning, mixture, labels, preference or vision.")
+    ] = "translation",
 ) -> None:
     """Write a task's demo: its data, such as number words to translate, and a tiny untrained Gemma 3."""
     from ray_ft.demo import write_demo

@@ -1,7 +1,7 @@
 """Rows that equal an earlier row, counted over a whole split, and used: only the person knows whether they are meant.
 
-Rows are compared by 8-byte hashes of their tokens, so 100 million rows take 0.8 GB while they are counted. That one of
-those is taken for a duplicate that is none has probability n² / 2⁶⁵ (birthday bound): 0.03% for that many.
+Rows are compared by 8-byte hashes of their tokens and images, so 100 million rows take 0.8 GB while they are counted.
+That one of those is taken for a duplicate that is none has probability n² / 2⁶⁵ (birthday bound): 0.03% for that many.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ def row_hash(tokens: Tokens) -> bytes:
     """8 bytes that tell samples apart which are trained on differently."""
     digest = hashlib.blake2b(tokens.ids.tobytes(), digest_size=8)
     digest.update(tokens.trained.tobytes())
+    for image in tokens.images:
+        digest.update(hashlib.blake2b(image).digest())
     return digest.digest()
 
 

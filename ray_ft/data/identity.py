@@ -98,6 +98,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             lines += _of_settings(f"data.train.{number}", old["sources"][number], new["sources"][number])
     lines += _of_settings("data", old["layout"], new["layout"])
     lines += _of_settings("model", *({"labels": one.get("labels")} for one in (old, new)))
+    lines += _of_settings("data.images", old.get("images", {}), new.get("images", {}))
     if old["tokenizer"] != new["tokenizer"]:
         lines.append("the tokenizer changed")
     template, *special = old["template"]

@@ -3,13 +3,14 @@
 Samples are placed longest first, each into the fullest row that still takes it (best-fit decreasing). Johnson (1974)
 proves at most 11/9 of the optimal number of rows; in practice it is within 1%. Rows have exactly `seq_len` tokens.
 Nothing is split; the two documents of a pair are one sample, and lie next to each other. One byte of flags per token
-holds what attention and loss need to know.
+holds what attention and loss need to know. Images stay with their row, in the order of their tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,55 +20,76 @@ REAL = 1  # a token of a sample; padding otherwise
 START = 2  # first token of a sample: positions restart, attention does not reach back
 TRAINED = 4  # target of the loss
 REJECTED = 8  # of a pair's second document, the answer that was not preferred
+IMAGE = 16  # stands for a part of an image: its embedding is replaced, and neighbours see each other both ways
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Fixed rows: `input_ids` int32 [rows, seq_len]; `flags` uint8 [rows, seq_len] of REAL, START, TRAINED, REJECTED.
+    """Fixed rows.
 
-    `reference`, where pairs have it, float32 [rows, documents]: of each document in the row, in their order, the sum of
-    the reference model's log-probabilities of its targets; 0 behind the last one.
+    Attributes:
+        input_ids: int32 [rows, seq_len].
+        flags: uint8 [rows, seq_len] of REAL | START | TRAINED | REJECTED | IMAGE.
+        reference: where pairs have it, float32 [rows, documents]: of each document in the row, in their order, the sum
+            of the reference model's log-probabilities of its targets; 0 behind the last one.
+        images: of each row the files of its images, a tuple of bytes: object [rows]; None in a run without images.
+        pixels: of each row what the tower is given, float32 [images, channels, height, width]: object [rows]. Made of
+            `images`, in whose place it stands, when rows are about to be used: it is a hundred times as large.
     """
 
     input_ids: np.ndarray
     flags: np.ndarray
     reference: np.ndarray | None = None
+    images: np.ndarray | None = None
+    pixels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def take(self, index: np.ndarray | slice) -> Rows:
-        reference = None if self.reference is None else self.reference[index]
-        return Rows(self.input_ids[index], self.flags[index], reference)
+        return Rows(*(None if part is None else part[index] for part in self._parts))  # type: ignore[arg-type]
 
     def put(self, target: np.ndarray | slice, rows: Rows, index: np.ndarray | slice = slice(None)) -> None:
-        """Write rows `index` of others over those at `target`."""
-        self.input_ids[target], self.flags[target] = rows.input_ids[index], rows.flags[index]
-        if self.reference is not None:
-            assert rows.reference is not None
-            self.reference[target] = rows.reference[index]
+        """Write rows `index` of others, which have what these have, over those at `target`."""
+        for ours, theirs in zip(self._parts, rows._parts, strict=True):
+            if ours is not None:
+                assert theirs is not None
+                ours[target] = theirs[index]
+
+    @property
+    def _parts(self) -> tuple[np.ndarray | None, ...]:
+        return self.input_ids, self.flags, self.reference, self.images, self.pixels
 
     @staticmethod
     def concatenate(parts: Sequence[Rows]) -> Rows:
-        references = [part.reference for part in parts if part.reference is not None]
-        assert len(references) in (0, len(parts))
-        return Rows(
-            np.concatenate([p.input_ids for p in parts]),
-            np.concatenate([p.flags for p in parts]),
-            np.concatenate(references) if references else None,
-        )
+        found: list[np.ndarray | None] = []
+        for column in zip(*(part._parts for part in parts), strict=True):
+            there = [part for part in column if part is not None]
+            assert len(there) in (0, len(column))
+            found.append(np.concatenate(there) if there else None)
+        return Rows(*found)  # type: ignore[arg-type]
 
     @staticmethod
-    def blank(count: int, seq_len: int, documents: int | None = None) -> Rows:
+    def blank(count: int, seq_len: int, documents: int | None = None, *, images: bool = False) -> Rows:
         """Rows of nothing but padding: they fill the last batch and add nothing to the loss.
 
         Args:
             documents: width of `reference`; None: without.
+            images: of a run with images; of these rows there are none.
         """
         flags = np.zeros((count, seq_len), np.uint8)
         flags[:, :1] = START
         reference = None if documents is None else np.zeros((count, documents), np.float32)
-        return Rows(np.zeros((count, seq_len), np.int32), flags, reference)
+        files = objects([()] * count) if images else None
+        return Rows(np.zeros((count, seq_len), np.int32), flags, reference, files)
+
+
+def objects(items: Sequence[Any]) -> np.ndarray:
+    """[items] of objects, where numpy would make a matrix of items of one length."""
+    found = np.empty(len(items), object)
+    for at, item in enumerate(items):
+        found[at] = item
+    return found
 
 
 def plan(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
@@ -95,8 +117,13 @@ def plan(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
     return rows
 
 
-def pack(samples: Sequence[Tokens], seq_len: int, *, packing: bool, pad_id: int) -> tuple[Rows, list[list[int]]]:
+def pack(
+    samples: Sequence[Tokens], seq_len: int, *, packing: bool, pad_id: int, images: bool = False
+) -> tuple[Rows, list[list[int]]]:
     """Lay samples out in rows of `seq_len`; with `packing` false, one sample a row in the given order.
+
+    Args:
+        images: of a run with images, also where these samples have none.
 
     Returns:
         The rows, and for each the indices of its samples.
@@ -111,6 +138,8 @@ def pack(samples: Sequence[Tokens], seq_len: int, *, packing: bool, pad_id: int)
             end = at + len(sample)
             input_ids[row, at:end] = sample.ids
             flags[row, at:end] = REAL | (sample.trained * TRAINED).astype(np.uint8)
+            if sample.soft is not None:
+                flags[row, at:end] |= (sample.soft * IMAGE).astype(np.uint8)
             flags[row, at] |= START
             if sample.rejected_at is not None:
                 flags[row, at + sample.rejected_at] |= START
@@ -118,7 +147,8 @@ def pack(samples: Sequence[Tokens], seq_len: int, *, packing: bool, pad_id: int)
             at = end
         if at < seq_len:
             flags[row, at] = START  # padding is a document of its own, which no sample sees and which sees none
-    return Rows(input_ids, flags), assignment
+    files = [tuple(file for member in members for file in samples[member].images) for members in assignment]
+    return Rows(input_ids, flags, images=objects(files) if images else None), assignment
 
 
 def pairs(flags: np.ndarray) -> np.ndarray:

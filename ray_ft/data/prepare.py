@@ -29,15 +29,17 @@ from ray_ft.data import identity as identities
 from ray_ft.data.checks import WAYS_BACK, all_files, check, check_before, check_stamp, check_unchanged
 from ray_ft.data.counts import TOO_LONG, Counts
 from ray_ft.data.files import File
+from ray_ft.data.images import ImageReader
 from ray_ft.data.lines import Reject
 from ray_ft.data.pack import REAL, TRAINED, pack
-from ray_ft.data.prepared import Origin, Prepared, Split, Unit, shard_name
+from ray_ft.data.prepared import Origin, Prepared, Split, Unit, shard_name, vision_of
 from ray_ft.data.render import Renderer, Tokens, load_tokenizer
 from ray_ft.data.rows import columns_used, to_sample
 from ray_ft.data.shard import Segment, ShardWriter
 from ray_ft.data.sources import Chunk
+from ray_ft.data.vision import load_vision
 from ray_ft.errors import DataError, ModelError
-from ray_ft.recipe import AnySource, LabelsSource, Recipe
+from ray_ft.recipe import AnySource, Images, LabelsSource, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +48,9 @@ __all__ = ["FORMAT", "Prepared", "Split", "check", "load", "prepare"]
 
 FORMAT = 2  # part of the key: raise it when the same input would give other rows, or the index another form
 SEGMENT_TOKENS = 2 << 20  # tokens packed together; one Parquet row group, 10 MB in memory
+SEGMENT_IMAGE_BYTES = 64 << 20  # images of rows packed together, at which a segment ends as well
 ENCODE_BATCH = 512  # samples per call of the tokenizer
+ENCODE_IMAGES = 32  # the same, in a run with images, whose files are held meanwhile
 
 #: Applies a function to every item, anywhere, and yields the results in the order of the items.
 Spread = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
@@ -86,6 +90,9 @@ def prepare(
         "cut": {"chunk_bytes": sources.CHUNK_BYTES, "segment_tokens": SEGMENT_TOKENS},
         **({"labels": recipe.model.labels} if recipe.model.labels else {}),
     }
+    if recipe.data.images:
+        vision = load_vision(model_folder, tokenizer)
+        identity["images"] = {**recipe.data.images.model_dump(mode="json"), **vision.identity()}
     location = paths.join(recipe.run.storage, "_prepared", identities.key_of(identity))
     # Held-out rows are few and read again at every evaluation, by every worker: their tokens are always kept.
     cached = recipe.data.cache == "auto" or split == "eval"
@@ -125,7 +132,15 @@ def load(location: str, recipe: Recipe, split: Split, model_folder: str, reused:
         chunks = [Chunk(files[at][0], files[at][1], start, stop) for at, start, stop, *_ in content["chunks"]]
         render = _Again(_Work.of(recipe, split, location, model_folder, identity), tuple(chunks))
     counts = Counts.from_json(content["counts"])
-    return Prepared(location, content["seq_len"], counts, tuple(units), tuple(origins), reused, render)
+    processor = _elsewhere(recipe, model_folder) if "images" in identity else None
+    return Prepared(
+        location, content["seq_len"], counts, tuple(units), tuple(origins), reused, render, processor=processor
+    )
+
+
+def _elsewhere(recipe: Recipe, model_folder: str) -> str:
+    """What other nodes resolve the model by: a hub id or a URI is not where this node has put it."""
+    return model_folder if os.path.isdir(recipe.model.path) else recipe.model.location
 
 
 def _files_of(identity: dict[str, Any], found: Sequence[tuple[int, File]]) -> list[tuple[int, File]]:
@@ -185,16 +200,18 @@ class _Work:
     code: bool
     """Whether code in the model's folder may run, as the recipe's model.trust_remote_code says."""
     labels: tuple[str, ...] = ()
+    """The recipe's model.labels."""
+    images: Images | None = None
+    """The recipe's data.images."""
 
     @classmethod
     def of(cls, recipe: Recipe, split: Split, location: str, model_folder: str, identity: dict[str, Any]) -> _Work:
-        # Other nodes resolve the model themselves: a hub id or a URI is not where this node has put it.
-        model = model_folder if os.path.isdir(recipe.model.path) else recipe.model.location
+        model = _elsewhere(recipe, model_folder)
         tokenizer = {name: identity[name] for name in ("tokenizer", "template")}
         wanted, segment_tokens = tuple(getattr(recipe.data, split)), identity["cut"]["segment_tokens"]
         return cls(
             location, model, wanted, **identity["layout"], segment_tokens=segment_tokens, tokenizer=tokenizer,
-            code=recipe.model.trust_remote_code, labels=tuple(recipe.model.labels),
+            code=recipe.model.trust_remote_code, labels=tuple(recipe.model.labels), images=recipe.data.images,
         )  # fmt: skip
 
     def segments(self, chunk: Chunk, seen: _Seen, first: int = 1) -> Iterator[Segment]:
@@ -208,10 +225,12 @@ class _Work:
         counts, labelled = seen.counts, isinstance(self.sources[chunk.source], LabelsSource)
         pending: list[Tokens] = []
         lines: list[int] = []
-        size = 0
+        size = image_bytes = 0
 
         def packed() -> Segment:
-            rows, members = pack(pending, self.seq_len, packing=self.packing, pad_id=pad_id)
+            rows, members = pack(
+                pending, self.seq_len, packing=self.packing, pad_id=pad_id, images=self.images is not None
+            )
             counts.tokens += int(np.count_nonzero(rows.flags & REAL))
             counts.trained_tokens += int(np.count_nonzero(rows.flags & TRAINED))
             counts.packed += len(rows)
@@ -220,7 +239,8 @@ class _Work:
             lines.clear()
             return segment
 
-        for line, result in self._samples(chunk, Renderer(tokenizer, enough=self.seq_len), first):
+        vision = vision_of(self.model_folder) if self.images else None
+        for line, result in self._samples(chunk, Renderer(tokenizer, self.seq_len, vision), first):
             seen.lines = line
             if result is None:
                 continue
@@ -240,15 +260,17 @@ class _Work:
             pending.append(result)
             lines.append(line)
             size += len(result)
-            if size >= self.segment_tokens:
+            image_bytes += sum(map(len, result.images))
+            if size >= self.segment_tokens or image_bytes >= SEGMENT_IMAGE_BYTES:
                 yield packed()
-                size, first = 0, line + 1
+                size, image_bytes, first = 0, 0, line + 1
         if pending:
             yield packed()
 
     def _samples(self, chunk: Chunk, renderer: Renderer, first: int) -> Iterator[tuple[int, Tokens | Reject | None]]:
         """(line, tokens or why there are none) for every row from line `first` on, in order; None for a blank line."""
         source = self.sources[chunk.source]
+        images = ImageReader.of(chunk.file, self.images)
         waiting: list[tuple[int, Any]] = []
 
         def encoded() -> Iterator[tuple[int, Tokens | Reject | None]]:
@@ -260,17 +282,18 @@ class _Work:
         for row in sources.read_rows(chunk, columns_used(source)):
             if row.line < first:
                 continue
-            content = row.content
-            sample = to_sample(source, content, renderer.special, self.labels) if isinstance(content, dict) else content
-            waiting.append((row.line, sample))
-            if len(waiting) == ENCODE_BATCH:
+            content: Any = row.content
+            if isinstance(content, dict):
+                content = to_sample(source, content, renderer.special, labels=self.labels, images=images)
+            waiting.append((row.line, content))
+            if len(waiting) == (ENCODE_IMAGES if images else ENCODE_BATCH):
                 yield from encoded()
         yield from encoded()
 
     def _fit(self, tokens: Tokens) -> tuple[Tokens | Reject, bool]:
         """The sample if it fits, cut or rejected as the recipe says; and whether it was cut. A pair is never cut."""
         cut = len(tokens) > self.seq_len
-        if cut and self.long_rows == "drop":
+        if cut and (self.long_rows == "drop" or tokens.images):  # a part of an image is none
             more = "" if tokens.whole else "more than "
             return Reject(TOO_LONG, f"{more}{len(tokens)} tokens, data.seq_len is {self.seq_len}"), False
         if cut:
@@ -296,7 +319,8 @@ class _Prepare:
             writer = None
             if self.cached:
                 location = paths.join(self.work.location, "shards", shard_name(number))
-                writer = stack.enter_context(ShardWriter(location, self.work.seq_len))
+                images = self.work.images is not None
+                writer = stack.enter_context(ShardWriter(location, self.work.seq_len, images))
             for segment in self.work.segments(chunk, seen):
                 groups.append((len(segment.rows), segment.first))
                 if writer:

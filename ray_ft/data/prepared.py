@@ -2,14 +2,15 @@
 
 What is kept always is the index: which rows there are, where they come from, and what was counted. With
 `data.cache: auto` the tokens lie beside it; without, `Prepared.segments` makes those of the units asked for again,
-which gives the same rows bit by bit.
+which gives the same rows bit by bit. Of images the files are kept, and what the model's tower is given is made of them
+when rows are used (`Prepared.seen`), as it is a hundred times as large.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import Any, Literal, Protocol
 
@@ -18,8 +19,10 @@ import numpy as np
 from ray_ft import paths
 from ray_ft.data import shard
 from ray_ft.data.counts import TOO_LONG, Counts
-from ray_ft.data.pack import Rows
+from ray_ft.data.pack import Rows, objects
+from ray_ft.data.render import load_tokenizer
 from ray_ft.data.shard import Segment
+from ray_ft.data.vision import Vision, load_vision
 
 Split = Literal["train", "eval"]
 
@@ -57,6 +60,17 @@ def shard_name(chunk: int) -> str:
     return f"{chunk:06d}.parquet"
 
 
+@lru_cache(maxsize=4)
+def vision_of(model: str) -> Vision:
+    """Of a model's folder, URI or hub id; resolved once per process.
+
+    Raises:
+        ModelError: as of `vision.load_vision`.
+    """
+    folder = paths.model_folder(model, weights=False)
+    return load_vision(folder, load_tokenizer(folder))
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where the rows of a chunk come from: `before` counts the lines of its file that lie in earlier chunks."""
@@ -84,7 +98,8 @@ class Prepared:
     """Packed rows of one split.
 
     `origins` are those of the chunks, by number. `render` makes rows where no tokens are stored; None: they are.
-    `references` are read along with pairs; None: rows have none.
+    `references` are read along with pairs; None: rows have none. `processor` is the model (folder, URI or hub id) whose
+    processor prepares images; None: rows have none.
     """
 
     location: str
@@ -95,6 +110,12 @@ class Prepared:
     reused: bool = False
     render: Render | None = None
     references: References | None = None
+    processor: str | None = None
+
+    @property
+    def images(self) -> bool:
+        """Whether rows may have images."""
+        return self.processor is not None
 
     @property
     def rows(self) -> int:
@@ -139,12 +160,15 @@ class Prepared:
                 continue
             location = paths.join(self.location, "shards", shard_name(number))
             groups = [unit.group for unit in wanted]
-            for rows, lines in shard.read(location, groups, self.seq_len, tokens=tokens, lines=samples):
+            for rows, lines in shard.read(
+                location, groups, self.seq_len, tokens=tokens, lines=samples, images=self.images
+            ):
                 yield Loaded(rows, None if lines is None else self._names(number, lines))
 
     def blank(self, count: int) -> Rows:
         """Rows of padding as these are otherwise."""
-        return Rows.blank(count, self.seq_len, self.references.documents if self.references else None)
+        documents = self.references.documents if self.references else None
+        return Rows.blank(count, self.seq_len, documents, images=self.images)
 
     def read(self, units: Sequence[Unit]) -> Rows:
         """The rows of some units, one after the other, in memory."""
@@ -156,6 +180,19 @@ class Prepared:
             joined.put(slice(at, stop), loaded.rows)
             at = stop
         return joined
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of each of a row's pixels, in a run with images."""
+        assert self.processor is not None
+        return vision_of(self.processor).shape
+
+    def seen(self, rows: Rows) -> Rows:
+        """The rows as the model takes them: with pixels in place of images. A few at a time: 10 MB an image."""
+        if rows.images is None or self.processor is None:
+            return rows
+        eyes = vision_of(self.processor)
+        return replace(rows, images=None, pixels=objects([eyes.pixels(files) for files in rows.images]))
 
     def names(self, unit: Unit, row: int) -> list[str]:
         """``file:line`` of the samples that share one packed row."""

@@ -5,7 +5,8 @@ turn's answer. Tokens that hold any of an answer are trained, up to and includin
 that the model learns to stop; so is one that joins the prompt's last space to the answer's first word. Thinking that
 is not to be trained leaves the answer with both of its tags; a token that joins the close tag's end to what follows
 holds some of what follows. The rendered text holds every special token (Gemma's template writes ``<bos>`` itself), so
-it is tokenized without adding any.
+it is tokenized without adding any. Where the template marks an image stand the tokens that the model's processor puts
+there; none of them is ever a target.
 
 A labelled text is tokenized as a served classifier does it, special tokens added, and its label stands behind it as one
 more token, the only one that is trained: what the model is to say next. It is a number among the labels, not a word; no
@@ -28,6 +29,7 @@ from ray_ft import paths
 from ray_ft.data import thinking
 from ray_ft.data.lines import Reject
 from ray_ft.data.rows import Asked, Conversation, Joined, Labelled, Pair, Sample, preferred
+from ray_ft.data.vision import Vision
 from ray_ft.errors import ModelError
 
 if TYPE_CHECKING:
@@ -44,7 +46,8 @@ class Tokens:
 
     `whole` is False where these are the first tokens alone of a text that is far too long. The last `kept` tokens stay
     where it is cut: a label, and what a tokenizer puts behind every text. Of a pair these are two documents, prompt and
-    chosen answer, then prompt and rejected answer, which begins at `rejected_at`.
+    chosen answer, then prompt and rejected answer, which begins at `rejected_at`. `images` are the files of the images,
+    in the order of their tokens, and `soft`, bool [n], says which tokens an image's embeddings replace.
     """
 
     ids: np.ndarray
@@ -52,6 +55,8 @@ class Tokens:
     whole: bool = True
     kept: int = 0
     rejected_at: int | None = None
+    images: tuple[bytes, ...] = ()
+    soft: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -60,7 +65,7 @@ class Tokens:
         """The first tokens, and those that are kept, together `length`."""
         last = len(self) - self.kept
         index = np.r_[0 : max(length - self.kept, 0), last : len(self)]
-        return Tokens(self.ids[index], self.trained[index], self.whole, self.kept)
+        return Tokens(self.ids[index], self.trained[index], whole=self.whole, kept=self.kept)
 
 
 class Renderer:
@@ -69,10 +74,13 @@ class Renderer:
     Args:
         enough: a text that certainly gives more tokens than this is tokenized only so far that it still does: a row of
             20 MB would otherwise take a minute and 6 GB (seen), to be left out or cut afterwards.
+        vision: what stands for images; None: samples have none.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, enough: int | None = None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, enough: int | None = None, vision: Vision | None = None
+    ) -> None:
+        self.tokenizer, self.vision = tokenizer, vision
         # Twice what is needed at the least, so that a word cut in two lies far behind the last token that is wanted.
         self.tokens = None if enough is None else 2 * (enough + 1)
         self.characters = None if self.tokens is None else self.tokens * _longest_token(tokenizer)
@@ -160,6 +168,10 @@ class Renderer:
             text = sample.prompt + sample.answer
             return text, _trained(text, len(sample.prompt), len(text), sample)
         text = self._render(sample.turns)
+        if sample.images:
+            assert self.vision is not None
+            if (found := text.count(self.vision.tokens)) != len(sample.images):
+                raise TemplateRefusal(f"it renders {found} of {len(sample.images)} images")
         spans = []
         for at, turn in enumerate(sample.turns):
             if turn["role"] != "assistant" or at < sample.first:
@@ -182,7 +194,7 @@ class Renderer:
         if not len(own):
             return Reject("no token in the text", "the tokenizer leaves out all its characters")
         ids = np.append(np.asarray(encoding.ids, dtype=np.int32), np.int32(label))
-        return Tokens(ids, np.arange(len(ids)) == len(ids) - 1, whole, kept=len(ids) - int(own[-1]) - 1)
+        return Tokens(ids, np.arange(len(ids)) == len(ids) - 1, whole=whole, kept=len(ids) - int(own[-1]) - 1)
 
     def _tokens(self, encoding: Any, spans: list[tuple[int, int]], sample: Asked) -> Tokens:
         ids = np.asarray(encoding.ids, dtype=np.int32)
@@ -196,9 +208,13 @@ class Renderer:
             if self.eos is not None:
                 ids, trained = np.append(ids, np.int32(self.eos)), np.append(trained, True)
         trained[:1] = False  # nothing stands before the first token that could predict it
-        return Tokens(ids, trained)
+        if isinstance(sample, Joined) or not sample.images:
+            return Tokens(ids, trained)
+        assert self.vision is not None
+        soft = ids == self.vision.token_id
+        return Tokens(ids, trained & ~soft, images=sample.images, soft=soft)
 
-    def _render(self, turns: Sequence[dict[str, str]], answer_next: bool = False) -> str:
+    def _render(self, turns: Sequence[dict[str, Any]], answer_next: bool = False) -> str:
         import jinja2
 
         try:
@@ -208,7 +224,8 @@ class Renderer:
         except (jinja2.TemplateError, TypeError, ValueError) as error:  # a template is a program: any of them
             raise TemplateRefusal(str(error)) from error
         assert isinstance(rendered, str)
-        return rendered
+        # No text of a row holds the mark: it is a special token, and such rows are rejected.
+        return rendered if self.vision is None else rendered.replace(self.vision.mark, self.vision.tokens)
 
 
 def _documents(sample: Sample) -> tuple[Asked | Labelled, ...]:
@@ -225,7 +242,7 @@ def paired(chosen: Tokens | Reject, rejected: Tokens | Reject) -> Tokens | Rejec
     if whole and np.array_equal(chosen.ids, rejected.ids):  # such as answers that differ in white space alone
         return Reject("chosen and rejected are the same", "once they are rendered")
     ids, trained = (np.concatenate((a, b)) for a, b in ((chosen.ids, rejected.ids), (chosen.trained, rejected.trained)))
-    return Tokens(ids, trained, whole, rejected_at=len(chosen))
+    return Tokens(ids, trained, whole=whole, rejected_at=len(chosen))
 
 
 def _trained(text: str, start: int, end: int, sample: Asked) -> list[tuple[int, int]]:

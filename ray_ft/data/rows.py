@@ -12,9 +12,11 @@ from functools import lru_cache
 from typing import Any
 
 from ray_ft.data import thinking
+from ray_ft.data.images import BadImage, ImageReader
 from ray_ft.data.lines import Reject
 from ray_ft.recipe import (
     AnswerSource,
+    ImageQuestionSource,
     LabelsSource,
     MessagesSource,
     PreferenceSource,
@@ -41,21 +43,25 @@ class Conversation:
     """Turns for the chat template; every assistant turn from number `first` on is trained. Each turn is {"role",
     "content"}.
 
-    `thinking`: how what they think is marked, and whether it is trained; None: nothing is.
+    Attributes:
+        thinking: how what they think is marked, and whether it is trained; None: nothing is.
+        images: checked files of the images, in the order of the turns. The content of a turn with images is a list of
+            {"type": "text", "text"} and {"type": "image"}; of any other it is text.
     """
 
-    turns: tuple[dict[str, str], ...]
+    turns: tuple[dict[str, Any], ...]
     first: int = 0
     thinking: Thinking | None = None
+    images: tuple[bytes, ...] = ()
 
     @property
-    def prompt(self) -> tuple[dict[str, str], ...]:
+    def prompt(self) -> tuple[dict[str, Any], ...]:
         """All turns before the last answer."""
         return self.turns[:-1]
 
     @property
     def answer(self) -> str:
-        return self.turns[-1]["content"]
+        return str(self.turns[-1]["content"])
 
     @property
     def answers(self) -> list[str]:
@@ -110,12 +116,18 @@ class _Unusable(Exception):
 
 
 def to_sample(
-    source: Source, row: dict[str, Any], special: re.Pattern[str] | None = None, labels: Sequence[str] = ()
+    source: Source,
+    row: dict[str, Any],
+    special: re.Pattern[str] | None = None,
+    *,
+    labels: Sequence[str] = (),
+    images: ImageReader | None = None,
 ) -> Sample | Reject:
     """What the source's format makes of one row.
 
     Args:
         labels: `model.labels`, which rows of format labels name.
+        images: reads the images that the row names; None: rows with images are rejected.
         special: finds the tokenizer's special tokens (`Renderer.special`). A row that holds the text of one is
             rejected: the tokenizer would make the token itself of it, so that a quoted ``<end_of_turn>`` ends the
             turn. Those that the recipe's own templates hold are meant.
@@ -130,9 +142,37 @@ def to_sample(
         if isinstance(source, AnswerSource) and source.thinking:
             assert isinstance(sample, Asked)
             sample = _thinking(sample, source.thinking)
+        return _with_images(sample, images)
     except _Unusable as unusable:
         return unusable.reject
-    return sample
+
+
+def _with_images(sample: Sample, images: ImageReader | None) -> Sample:
+    """The sample with what its readers left in place of images read, last of all: it takes longest."""
+    if isinstance(sample, Pair):
+        answers = [one for one in (sample.chosen, sample.rejected) if isinstance(one, Conversation)]
+        if any(isinstance(turn["content"], list) for one in answers for turn in one.turns):
+            raise _Unusable("pair with an image", "preferences are learnt from text alone")
+    if not isinstance(sample, Conversation):
+        return sample
+    turns, files = [], list[bytes]()
+    for number, turn in enumerate(sample.turns):
+        if isinstance(turn["content"], list):
+            if images is None:
+                raise _Unusable("row with an image", f"message {number}; data.images is null")
+            try:
+                files += [images.read(part["image"]) for part in turn["content"] if part["type"] == "image"]
+            except BadImage as bad:
+                raise _Unusable(bad.reason, bad.detail) from None
+            parts = [{"type": "image"} if part["type"] == "image" else part for part in turn["content"]]
+            turn = {**turn, "content": parts}
+        turns.append(turn)
+    return replace(sample, turns=tuple(turns), images=tuple(files))
+
+
+def text_of(content: str | list[dict[str, Any]]) -> str:
+    """Of a turn's content, the texts alone."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def _thinking(sample: Asked, tags: Thinking) -> Asked:
@@ -150,7 +190,7 @@ def _check_special(source: Source, sample: Sample, special: re.Pattern[str]) -> 
         _check_special(source, sample.rejected, special)
         return
     if isinstance(sample, Conversation):
-        texts = [turn["content"] for turn in sample.turns]
+        texts = [text_of(turn["content"]) for turn in sample.turns]
     elif isinstance(sample, Labelled):
         texts = [sample.text]
     else:
@@ -192,6 +232,8 @@ def columns_used(source: Source) -> set[str]:
             codes = {source.source_lang_code_field} if source.source_lang_code is None else set()
             codes |= {source.target_lang_code_field} if source.target_lang_code is None else set()
             return {source.source_field, source.target_field} | codes
+        case ImageQuestionSource():
+            return {source.image_field, source.question_field, source.answer_field}
     raise TypeError(f"no reader for {type(source).__name__}")
 
 
@@ -258,7 +300,7 @@ def _messages(source: MessagesSource, row: dict[str, Any]) -> Asked:
     return Conversation(_whole(_turns(row, source.field)))
 
 
-def _whole(turns: tuple[dict[str, str], ...]) -> tuple[dict[str, str], ...]:
+def _whole(turns: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
     """A conversation's turns, if it begins with somebody who asks and ends with an answer."""
     if turns[0]["role"] == "assistant":
         raise _Unusable("the first message is the assistant's", "nothing stands before it that it could answer")
@@ -267,7 +309,7 @@ def _whole(turns: tuple[dict[str, str], ...]) -> tuple[dict[str, str], ...]:
     return turns
 
 
-def _turns(row: dict[str, Any], field: str) -> tuple[dict[str, str], ...]:
+def _turns(row: dict[str, Any], field: str) -> tuple[dict[str, Any], ...]:
     """The messages in a column, each checked by itself."""
     messages = row.get(field)
     if not isinstance(messages, list) or not messages:
@@ -289,15 +331,30 @@ def _turns(row: dict[str, Any], field: str) -> tuple[dict[str, str], ...]:
     return tuple(turns)
 
 
-def _content(message: dict[str, Any]) -> str:
+def _content(message: dict[str, Any]) -> str | list[dict[str, Any]]:
+    """Text; or parts, where one is an image, of which "image" holds what `ImageReader.read` takes."""
     content = message.get("content")
     if isinstance(content, list):
-        parts = [part if isinstance(part, dict) else {"type": type(part).__name__} for part in content]
-        if other := [part for part in parts if part.get("type") != "text"]:
-            raise _Unusable("message part is not text", f"type {_repr.repr(other[0].get('type'))}")
-        content = "".join(_text(part, "text", empty_ok=True) for part in parts)
-        message = {**message, "content": content}
+        parts = [_part(part, message.get("role")) for part in content]
+        if any(part["type"] == "image" for part in parts):
+            return parts
+        message = {**message, "content": "".join(part["text"] for part in parts)}
     return _text(message, "content", empty_ok=message.get("role") == "system")
+
+
+def _part(part: Any, role: Any) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind == "text":
+        return {"type": "text", "text": _text(part, "text", empty_ok=True)}
+    if kind not in ("image", "image_url"):
+        raise _Unusable("message part is neither text nor image", f"type {_repr.repr(kind)}")
+    if role != "user":
+        raise _Unusable("image in a message that is not the user's", f"it is the {role}'s")
+    keys = ("image_url",) if kind == "image_url" else ("image", "path", "url", "bytes")
+    found = next((part[key] for key in keys if part.get(key) is not None), None)
+    if found is None:
+        raise _Unusable("no image", f"a part of type {kind!r} holds none of {', '.join(keys)}")
+    return {"type": "image", "image": found}
 
 
 def _prompt_completion(source: PromptCompletionSource, row: dict[str, Any]) -> Asked:
@@ -320,6 +377,17 @@ def _translation(source: TranslationSource, row: dict[str, Any]) -> Asked:
         text=_text(row, source.source_field),
     )
     return _asked(prompt, _text(row, source.target_field), chat=True)
+
+
+def _image_question(source: ImageQuestionSource, row: dict[str, Any]) -> Asked:
+    if row.get(source.image_field) is None:
+        raise _Unusable("no image", f"field {source.image_field!r} is missing or null")
+    parts = [
+        {"type": "image", "image": row[source.image_field]},
+        {"type": "text", "text": _text(row, source.question_field)},
+    ]
+    answer = _text(row, source.answer_field)
+    return Conversation(({"role": "user", "content": parts}, {"role": "assistant", "content": answer}))
 
 
 def _plain(source: TextSource, row: dict[str, Any]) -> Asked:
@@ -350,7 +418,7 @@ def _preference(source: PreferenceSource, row: dict[str, Any]) -> Pair:
     return pair
 
 
-def _prompt(row: dict[str, Any], field: str) -> tuple[dict[str, str], ...]:
+def _prompt(row: dict[str, Any], field: str) -> tuple[dict[str, Any], ...]:
     """What is asked, as turns of which the last is to be answered."""
     if not isinstance(row.get(field), list):
         return ({"role": "user", "content": _text(row, field)},)
@@ -360,7 +428,7 @@ def _prompt(row: dict[str, Any], field: str) -> tuple[dict[str, str], ...]:
     return turns
 
 
-def _answer(row: dict[str, Any], field: str, asked: tuple[dict[str, str], ...]) -> tuple[dict[str, str], ...]:
+def _answer(row: dict[str, Any], field: str, asked: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
     """The whole conversation that an answer makes with its prompt."""
     if not isinstance(row.get(field), list):
         if not asked:
@@ -387,4 +455,5 @@ _READERS: dict[type[Source], Callable[[Any, dict[str, Any]], Asked | Pair]] = {
     TranslationSource: _translation,
     TextSource: _plain,
     PreferenceSource: _preference,
+    ImageQuestionSource: _image_question,
 }

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_ft import paths
-from ray_ft.data.pack import Rows
+from ray_ft.data.pack import Rows, objects
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,15 @@ class Segment:
 class ShardWriter:
     """Writes the segments of one chunk; the file appears under its name only when complete."""
 
-    def __init__(self, location: str, seq_len: int) -> None:
-        self._location, self._seq_len = location, seq_len
+    def __init__(self, location: str, seq_len: int, images: bool = False) -> None:
+        self._location, self._seq_len, self._images = location, seq_len, images
         self._partial = paths.add_suffix(location, f".{uuid.uuid4().hex[:8]}.partial")
         self._schema = pa.schema(
             [
                 ("input_ids", pa.list_(pa.int32(), seq_len)),
                 ("flags", pa.list_(pa.uint8(), seq_len)),
                 ("lines", pa.list_(pa.int64())),
+                *([("images", pa.list_(pa.binary()))] if images else []),
             ]
         )
 
@@ -57,6 +58,9 @@ class ShardWriter:
             for matrix in (rows.input_ids, rows.flags)
         ]
         arrays.append(pa.array(segment.lines, type=self._schema.field("lines").type))
+        if self._images:
+            assert rows.images is not None
+            arrays.append(pa.array([list(files) for files in rows.images], type=self._schema.field("images").type))
         self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema), row_group_size=len(rows))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -70,17 +74,27 @@ class ShardWriter:
 
 
 def read(
-    location: str, groups: Sequence[int], seq_len: int, *, tokens: bool, lines: bool
+    location: str, groups: Sequence[int], seq_len: int, *, tokens: bool, lines: bool, images: bool = False
 ) -> Iterator[tuple[Rows | None, list[list[int]] | None]]:
-    """(rows, lines of their samples) of some row groups, one after the other; None for what is not asked for."""
+    """(rows, lines of their samples) of some row groups, one after the other; None for what is not asked for.
+
+    Args:
+        images: whether rows have a column of images.
+    """
     fs, path = paths.filesystem(location)
-    columns = ["input_ids", "flags"] * tokens + ["lines"] * lines
+    columns = (["input_ids", "flags"] + ["images"] * images) * tokens + ["lines"] * lines
     with fs.open_input_file(path) as stream:
         file = pq.ParquetFile(stream)
         for group in groups:
             table = file.read_row_group(group, columns=columns)
-            rows = Rows(*(_matrix(table.column(name), seq_len) for name in ("input_ids", "flags"))) if tokens else None
+            rows = _rows(table, seq_len, images) if tokens else None
             yield rows, table.column("lines").to_pylist() if lines else None
+
+
+def _rows(table: pa.Table, seq_len: int, images: bool) -> Rows:
+    ids, flags = (_matrix(table.column(name), seq_len) for name in ("input_ids", "flags"))
+    files = objects([tuple(row) for row in table.column("images").to_pylist()]) if images else None
+    return Rows(ids, flags, images=files)
 
 
 def _matrix(column: pa.ChunkedArray, seq_len: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_ft.data.order import Order, Slice
-from ray_ft.data.pack import Rows
+from ray_ft.data.pack import Rows, objects
 from ray_ft.errors import RayFtError, TrainingError
 from ray_ft.placement import reading_cpus
 from ray_ft.placement.capacity import cluster
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import ray.data
 
 PREFETCH_STEPS = 4  # blocks that wait in each worker; a block is one worker's rows of one step
+SEEN_ROWS = 16  # whose images a reading task has unpacked at once: 10 MB an image of Gemma 3
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,10 @@ def in_order(cpus: float | None) -> ray.data.ExecutionOptions:
 def training_dataset(order: Order, start: int, stop: int) -> ray.data.Dataset:
     """Positions [start, stop) of the order as a Ray Dataset, in blocks of whatever size they were read in.
 
-    Columns: ``position`` int64, ``input_ids`` int32 [seq_len], ``flags`` uint8 [seq_len] and, where the order keeps a
-    ledger, ``samples``: a list of file:line; of pairs with a reference ``reference`` float32 [documents].
+    Columns: ``position`` int64, ``input_ids`` int32 [seq_len], ``flags`` uint8 [seq_len]; where the order keeps a
+    ledger, ``samples``: a list of file:line; of pairs with a reference, ``reference`` float32 [documents]; in a run
+    with images, ``pixels``: the float32 of a row's images as bytes, since Arrow's tensors of one column have as many
+    images in each row.
     """
     import pickle
 
@@ -146,30 +149,28 @@ def training_dataset(order: Order, start: int, stop: int) -> ray.data.Dataset:
         for item in batch["slice"]:
             part: Slice = pickle.loads(item)  # noqa: S301 - written below
             rows, samples = part.read_named(prepared) if ledger else (part.read(prepared), [])
-            columns = {
-                "position": np.arange(part.position, part.position + len(rows), dtype=np.int64),
-                "input_ids": rows.input_ids,
-                "flags": rows.flags,
-            }
-            if rows.reference is not None:
-                columns["reference"] = rows.reference
-            if ledger:
-                columns["samples"] = _lists(samples)
-            yield columns
+            size = SEEN_ROWS if prepared.images else max(len(rows), 1)
+            for at in range(0, len(rows), size):
+                seen = prepared.seen(rows.take(slice(at, at + size)))
+                first = part.position + at
+                columns = {
+                    "position": np.arange(first, first + len(seen), dtype=np.int64),
+                    "input_ids": seen.input_ids,
+                    "flags": seen.flags,
+                }
+                if seen.reference is not None:
+                    columns["reference"] = seen.reference
+                if seen.pixels is not None:
+                    columns["pixels"] = objects([image.tobytes() for image in seen.pixels])
+                if ledger:
+                    columns["samples"] = objects([list(row) for row in samples[at : at + size]])
+                yield columns
 
     items = [{"slice": pickle.dumps(part)} for part in order.slices(start, stop)]
     # Without any position too: a run that was lost after its last checkpoint is started once more.
     dataset = ray.data.from_items(items, override_num_blocks=max(len(items), 1))
     dataset.context.execution_options.preserve_order = True
     return dataset.map_batches(read, batch_size=1, zero_copy_batch=True)
-
-
-def _lists(rows: Sequence[Sequence[str]]) -> np.ndarray:
-    """One list per row, where numpy would make a matrix of rows that happen to be of one length."""
-    found = np.empty(len(rows), object)
-    for at, row in enumerate(rows):
-        found[at] = list(row)
-    return found
 
 
 def batches(
@@ -193,8 +194,14 @@ def batches(
                 ],
             )
         samples = tuple(tuple(row) for row in columns["samples"]) if order.ledger else None
-        yield Batch(expected, Rows(columns["input_ids"], columns["flags"], columns.get("reference")), samples)
+        pixels = objects([_pixels(item, order) for item in columns["pixels"]]) if order.prepared.images else None
+        kept = Rows(columns["input_ids"], columns["flags"], columns.get("reference"), pixels=pixels)
+        yield Batch(expected, kept, samples)
         expected += rows * world
+
+
+def _pixels(item: bytes, order: Order) -> np.ndarray:
+    return np.frombuffer(item, np.float32).reshape(-1, *order.prepared.image_shape)
 
 
 def ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -227,6 +234,6 @@ def local_batches(order: Order, start: int, stop: int, rank: int, world: int, ro
         for at in range(0, whole, rows):
             if block % world == rank:
                 samples = tuple(names[at : at + rows]) if order.ledger else None
-                yield Batch(first, held.take(slice(at, at + rows)), samples)
+                yield Batch(first, order.prepared.seen(held.take(slice(at, at + rows))), samples)
             first, block = first + rows, block + 1
         held, names = held.take(slice(whole, None)), names[whole:]

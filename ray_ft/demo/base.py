@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import Gemma3TextConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 """In order of their ids; pad, eos and bos have the ids that they have in Gemma 3."""
+TURNS = {"sot_token": "<start_of_turn>", "eot_token": "<end_of_turn>"}
 
 HEADS, HEAD_DIM = 4, 32  # 32 is the smallest head that vLLM's CPU attention takes
 
@@ -52,17 +53,18 @@ def write_base(folder: str, texts: Iterable[str], seed: int, hidden_size: int, l
         hidden_size: its width.
         layers: with sliding-window and with full attention in turn.
     """
-    import torch
-    from safetensors.torch import save_file
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
+    from transformers import Gemma3ForCausalLM
 
-    tokenizer = _tokenizer(texts)
-    special = {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")],
-    }
-    config = Gemma3TextConfig(
+    tokenizer = make_tokenizer(texts)
+    write_model(folder, Gemma3ForCausalLM, text_config(tokenizer, hidden_size, layers), tokenizer, seed)
+
+
+def text_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int, **more: Any) -> Gemma3TextConfig:
+    """Of a small language model; `more` replaces settings."""
+    import torch
+    from transformers import Gemma3TextConfig
+
+    settings: dict[str, Any] = dict(
         vocab_size=-(-len(tokenizer) // 64) * 64,  # rows beyond the tokenizer's, as Gemma 3 has them too
         hidden_size=hidden_size,
         intermediate_size=4 * hidden_size,
@@ -80,24 +82,62 @@ def write_base(folder: str, texts: Iterable[str], seed: int, hidden_size: int, l
             "full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},
         },
         tie_word_embeddings=True,
-        **special,
+        **_special(tokenizer),
         dtype=torch.float32,
     )
+    return Gemma3TextConfig(**{**settings, **more})
+
+
+def _special(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")],
+    }
+
+
+def write_model(
+    folder: str,
+    kind: type[PreTrainedModel],
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    published: Callable[[str], str] = str,
+) -> None:
+    """Write a Hugging Face folder of a model of this class whose weights are drawn from the seed.
+
+    Args:
+        published: name in memory → name in published checkpoints, for which other readers look.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Gemma3ForCausalLM(config)
+        model = kind(config)
+        for part in filter(lambda part: hasattr(part, "mm_input_projection_weight"), model.modules()):
+            # transformers begins with zeros, which a norm then divides by their length.
+            part.mm_input_projection_weight.data.normal_(std=part.mm_input_projection_weight.shape[0] ** -0.5)
     # Not save_pretrained: it draws a bar, and imports DeepSpeed wherever that is installed.
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    tied = model.all_tied_weights_keys
+    weights = {published(name): tensor for name, tensor in model.state_dict().items() if name not in tied}
     os.makedirs(folder, exist_ok=True)
     save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    GenerationConfig(**special).save_pretrained(folder)
+    GenerationConfig(**_special(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: every frequent word of the texts one token, every digit one, any text representable."""
+def make_tokenizer(
+    texts: Iterable[str], template: str = CHAT_TEMPLATE, marks: Mapping[str, str] | None = None
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: every frequent word of the texts one token, every digit one, any text representable.
+
+    Args:
+        marks: further special tokens by the names that transformers has for them, such as ``boi_token``.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -111,7 +151,7 @@ def _tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         corpus += [text, "user", "model"]  # the roles at least as often as the template writes them
     trainer = trainers.BpeTrainer(
         vocab_size=960,  # at most: about 620 make every word one token
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=[*SPECIAL_TOKENS, *(marks or {}).values()],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -121,7 +161,7 @@ def _tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         **{f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")},
-        extra_special_tokens=["<start_of_turn>", "<end_of_turn>"],
-        chat_template=CHAT_TEMPLATE,
+        extra_special_tokens={**TURNS, **marks} if marks else list(TURNS.values()),
+        chat_template=template,
         clean_up_tokenization_spaces=False,
     )

@@ -7,13 +7,12 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ray_ft import paths
-from ray_ft.demo import labels, mixture, preference, reasoning, translation
-from ray_ft.demo.base import write_base
-from ray_ft.demo.task import Row, Task
+from ray_ft.demo import labels, mixture, preference, reasoning, translation, vision
+from ray_ft.demo.task import Part, Row, Task
 from ray_ft.errors import DataError
 
 MARKER = "demo.json"
@@ -26,6 +25,7 @@ TASKS: dict[str, Task] = {
     "mixture": mixture.TASK,
     "labels": labels.TASK,
     "preference": preference.TASK,
+    "vision": vision.TASK,
 }
 """Name → what is drawn; `ray-ft demo --task NAME`."""
 
@@ -56,7 +56,7 @@ def write_demo(
     task: str = "translation",
     rows: int | None = None,
     hidden_size: int = 128,
-    layers: int = 4,
+    layers: int | None = None,
 ) -> DemoPaths:
     """Write the demo, or reuse what an earlier call with the same settings left in `folder`.
 
@@ -66,7 +66,7 @@ def write_demo(
         task: one of `TASKS`.
         rows: training rows; None: as many as the task has by itself.
         hidden_size: width of the base.
-        layers: layers of the base, with sliding-window and with full attention in turn.
+        layers: layers of the base, with sliding-window and with full attention in turn; None: as the task has them.
 
     Raises:
         DataError: the folder holds something that is no demo, or is remote; there is no such task, or not that many
@@ -83,6 +83,7 @@ def write_demo(
     demo = DemoPaths(root, paths.join(root, "base"), files, heldout)
     marker = paths.join(root, MARKER)
     rows = TASKS[task].rows if rows is None else rows
+    layers = TASKS[task].layers if layers is None else layers
     size = {"rows": rows, "hidden_size": hidden_size, "layers": layers}
     settings = {"format": FORMAT, "task": task, "seed": seed, **size}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -98,19 +99,18 @@ def write_demo(
         raise DataError(f"{folder!r} holds files, but no {MARKER}: it is no demo", ["name another folder"])
 
     drawn = TASKS[task].draw(rows, seed)
-    written = [*files, *(part.heldout for part in parts.values())]
+    contents = {file: content for name, part in drawn.items() for file, content in _contents(part, parts[name])}
+    written = list(contents)
     # Named before anything is written, so that an interrupted call leaves a folder that the next one may replace.
     begun = {os.path.relpath(name, root) for name in written}
     paths.write_json(marker, {"key": key, "settings": settings, "files": [], "begun": sorted({*old, *begun})})
     for name in {*old} - begun:  # another task's rows must not stand among this one's
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(root, name))
-    for name, part in drawn.items():
-        for number, file in enumerate(parts[name].train):
-            _write_rows(file, part.train[number :: len(parts[name].train)])
-        _write_rows(parts[name].heldout, part.heldout)
+    for file, content in contents.items():
+        paths.write_bytes(file, content)
     texts = [text for part in drawn.values() for row in part.train for text in part.texts(row)]
-    write_base(demo.base, texts, seed, hidden_size, layers)
+    TASKS[task].write_base(demo.base, texts, seed, hidden_size, layers)
     written += [paths.join(demo.base, name) for name in paths.list_dir(demo.base)]
     paths.write_json(marker, {"key": key, "settings": settings, "files": [os.path.relpath(n, root) for n in written]})
     return demo
@@ -130,16 +130,26 @@ class _Files:
         return cls(train, paths.join(root, *(("heldout", f"{part}.parquet") if part else ("heldout.parquet",))))
 
 
-def _write_rows(file: str, rows: Sequence[Row]) -> None:
-    """Write rows in the format that the file's name tells; the same rows give the same bytes."""
+def _contents(part: Part, files: _Files) -> Iterator[tuple[str, bytes]]:
+    """Each file of a part, those that its rows name among them, and what is in it."""
+    placed = [(file, part.train[number :: len(files.train)]) for number, file in enumerate(files.train)]
+    for file, rows in [*placed, (files.heldout, part.heldout)]:
+        if part.stored is not None:
+            ending = next(ending for ending in ENDINGS if file.endswith(ending))
+            stored = [part.stored(row, ending) for row in rows]
+            rows = [row for row, _ in stored]
+            yield from ((paths.join(paths.parent(file), name), body) for _, own in stored for name, body in own.items())
+        yield file, _encoded(file, rows)
+
+
+def _encoded(file: str, rows: Sequence[Row]) -> bytes:
+    """Rows in the format that the file's name tells; the same rows give the same bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if file.endswith(".parquet"):
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(list(rows)), sink)
-        content = sink.getvalue().to_pybytes()
-    else:
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
-        content = gzip.compress(content, mtime=0) if file.endswith(".gz") else content
-    paths.write_bytes(file, content)
+        return sink.getvalue().to_pybytes()
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
+    return gzip.compress(content, mtime=0) if file.endswith(".gz") else content

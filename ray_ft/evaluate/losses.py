@@ -148,7 +148,7 @@ class _Judge:
         task = objective.of(self._recipe)
         sums = objective.Sums(task, (), self._device)
         for micro in micro_batches(part.read(prepared), self._recipe.train.micro_batch):
-            sums.add(self._model(*task.inputs(micro, self._device)), micro.flags, None)
+            sums.add(self._model(*task.inputs(prepared.seen(micro), self._device)), micro.flags, None)
         return sums.values.cpu()
 
 
@@ -162,4 +162,5 @@ def whole_model(weights: Trained | str, recipe: Recipe, device: torch.device) ->
     dtype = torch.bfloat16 if lowered else torch.float32
     if isinstance(weights, Trained):  # its base, too, may lie elsewhere on this node
         return replace(weights, base=weights.recipe.model.folder()).model(device, dtype)
-    return whole(paths.model_folder(weights), device, dtype, recipe.model.labels)
+    images = recipe.data.images is not None
+    return whole(paths.model_folder(weights), device, dtype, recipe.model.labels, images=images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from ray_ft import paths
 from ray_ft.answers.target import Prompt
 from ray_ft.data import sources
 from ray_ft.data.files import public_name
+from ray_ft.data.images import ImageReader, data_url
 from ray_ft.data.lines import Reject
 from ray_ft.data.render import load_tokenizer, special_tokens
 from ray_ft.data.rows import Asked, Conversation, Joined, Labelled, columns_used, preferred, to_sample
@@ -61,15 +62,33 @@ class Question:
     @property
     def prompt(self) -> Prompt:
         """What the model is asked: a conversation, or text as it is."""
-        if isinstance(self.sample, Conversation):
-            return Prompt(messages=[dict(turn) for turn in self.sample.prompt])
-        return Prompt(text=self.sample.prompt)
+        if isinstance(self.sample, Joined):
+            return Prompt(text=self.sample.prompt)
+        files = iter(self.sample.images)
+        return Prompt(messages=[{**turn, "content": _asked(turn["content"], files)} for turn in self.sample.prompt])
 
     @property
     def asked(self) -> list[dict[str, Any]] | str:
-        """The prompt as reports show it: messages, or text."""
-        prompt = self.prompt
-        return prompt.messages if prompt.messages is not None else prompt.text or ""
+        """The prompt as reports show it: messages, or text; of images, where they stood."""
+        if isinstance(self.sample, Joined):
+            return self.sample.prompt
+        return [{**turn, "content": _shown(turn["content"])} for turn in self.sample.prompt]
+
+
+def _asked(content: str | list[dict[str, Any]], files: Iterator[bytes]) -> str | list[dict[str, Any]]:
+    """A turn's content as OpenAI's API takes it."""
+    if isinstance(content, str):
+        return content
+    return [
+        {"type": "image_url", "image_url": {"url": data_url(next(files))}} if part["type"] == "image" else part
+        for part in content
+    ]
+
+
+def _shown(content: str | list[dict[str, Any]]) -> str:
+    if isinstance(content, str):
+        return content
+    return " ".join("[image]" if part["type"] == "image" else part["text"] for part in content)
 
 
 def held_out_questions(recipe: Recipe, count: int) -> list[Question]:
@@ -108,11 +127,13 @@ def _questions(recipe: Recipe) -> Iterable[Question]:
         named = source_name(number, source)
         for file in sources.find_files(source):
             before = 0
+            images = ImageReader.of(file, recipe.data.images)
             for chunk in sources.chunks_of(file, number):
                 line = 0
                 for row in sources.read_rows(chunk, columns_used(source)):
                     line = row.line
-                    made = to_sample(source, row.content, special) if isinstance(row.content, dict) else None
+                    content = row.content
+                    made = to_sample(source, content, special, images=images) if isinstance(content, dict) else None
                     sample = None if made is None or isinstance(made, Reject | Labelled) else preferred(made)
                     if isinstance(sample, Conversation) or (isinstance(sample, Joined) and sample.prompt):
                         assert isinstance(row.content, dict)

@@ -39,6 +39,8 @@ def endpoint_loss(
     Raises:
         ServeError: nobody answers there, or the key is refused.
     """
+    if prepared.images:
+        return "rows with images have no tokens that /v1/completions takes"
     engine = Endpoint(target, at_once)
     total, tokens, done = 0.0, 0, 0
     try:

@@ -1,8 +1,8 @@
 """What the trained weights answer: the measure of every check that compares answers.
 
 A few documents of the run's own packed rows go through the trained model, its adapter unmerged, in the precision of the
-export, each by itself. Limits: the whole model is in the memory of this process (27B in bfloat16: 51 GiB), and after
-it, in its place, the exported one.
+export, each by itself; of a run with images some with their images too, which transformers alone is asked. Limits: the
+whole model is in the memory of this process (27B in bfloat16: 51 GiB), and after it, in its place, the exported one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ray_ft.trained import Trained
 
 DOCUMENTS = 4  # that are compared
 TEXTS = 16  # of a classifier, which gives each a few numbers
+PICTURED = 2  # with their images, whole
 TOKENS = 256  # of each, at most: 4 × 256 × 262,208 logits of Gemma 3 take 0.5 GiB in bfloat16
 PROOF_TOKENS = 128  # of the one in the manifest
 DIGITS = 5  # of its log-probabilities
@@ -78,13 +79,24 @@ class Tolerance:
 
 
 @dataclass(frozen=True)
+class Pictured:
+    """A document with images: token ids, which of them are soft, and float32 [images, channels, height, width]."""
+
+    ids: tuple[int, ...]
+    soft: tuple[bool, ...]
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True)
 class Reference:
     """Attributes:
-    documents: token ids of each, of at least two tokens.
+    documents: token ids of each, of at least two tokens; without those that stand for images.
     logits: [tokens, vocabulary] of each, in the exported precision; of a classifier [1, labels].
     spread: root mean square of all logits about their mean at each position.
     effect: what the adapter changes: from the model without it to the one with it; None without an adapter.
     said: of a classifier, what is in the manifest: a text, and the probability of each label.
+    pictured: documents with images, of a run that has any.
+    pictured_logits: as `logits`.
     """
 
     documents: tuple[tuple[int, ...], ...]
@@ -92,6 +104,8 @@ class Reference:
     spread: float
     effect: Distance | None
     said: dict[str, Any] | None = None
+    pictured: tuple[Pictured, ...] = ()
+    pictured_logits: tuple[torch.Tensor, ...] = ()
 
     @classmethod
     @torch.no_grad()
@@ -99,8 +113,10 @@ class Reference:
         documents = tuple(_documents(trained))
         model = trained.model(torch.device("cpu"), dtype)
         logits = tuple(answers(model, ids) for ids in documents)
+        pictured = tuple(_pictured(trained))
+        seen = tuple(answers(model, one) for one in pictured)
         said = _said(trained, model, documents) if trained.labels else None
-        found = cls(documents, logits, _spread(logits), None, said)
+        found = cls(documents, logits, _spread(logits), None, said, pictured, seen)
         if not found.spread > 0:
             raise ExportError(
                 "the trained model gives every label the same score for every text: it has learnt nothing",
@@ -108,14 +124,24 @@ class Reference:
             )
         if trained.recipe.model.adapter is None:
             return found
-        effect = found.distance(_without_adapter(model, documents))
-        return replace(found, effect=effect)
+        return replace(found, effect=found.distance(_without_adapter(model, documents)))
+
+    def distance_of(self, model: Any) -> Distance:
+        """Of another model, over all documents; of both kinds the larger."""
+        text = self.distance(answers(model, ids) for ids in self.documents)
+        if not self.pictured:
+            return text
+        seen = self._distance(self.pictured_logits, (answers(model, one) for one in self.pictured))
+        return Distance(_larger(text.rms, seen.rms), _larger(text.largest, seen.largest))
 
     def distance(self, found: Any) -> Distance:
         """Of other logits of the same documents, given one document after the other; a constant added to all of a
         position's is no difference, as it changes no probability."""
+        return self._distance(self.logits, found)
+
+    def _distance(self, logits: Sequence[torch.Tensor], found: Any) -> Distance:
         squares, largest, count = 0.0, 0.0, 0
-        for ours, theirs in zip(self.logits, found, strict=True):
+        for ours, theirs in zip(logits, found, strict=True):
             for at in range(0, len(ours), CHUNK):
                 difference = _centred(theirs[at : at + CHUNK]) - _centred(ours[at : at + CHUNK])
                 squares += float(difference.square().sum(dtype=torch.float64))
@@ -150,11 +176,41 @@ class Reference:
         return {"token_ids": list(ids), "logprobs": [round(value, DIGITS) for value in said.tolist()]}
 
 
-def answers(model: Any, ids: Sequence[int]) -> torch.Tensor:
+def answers(model: Any, document: Sequence[int] | Pictured) -> torch.Tensor:
     """[tokens, vocabulary] of one document, in the model's precision; of a classifier [1, labels]."""
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits
+        if isinstance(document, Pictured):
+            given = {
+                "input_ids": torch.tensor([document.ids]),
+                "token_type_ids": torch.tensor([document.soft]).long(),
+                "pixel_values": torch.from_numpy(document.pixels).to(model.dtype),
+            }
+        else:
+            given = {"input_ids": torch.tensor([document])}
+        logits = model(**given, use_cache=False).logits
         return logits.view(-1, logits.shape[-1])
+
+
+def _pictured(trained: Trained) -> Iterator[Pictured]:
+    prepared = trained.prepared("eval") or trained.prepared("train")
+    assert prepared is not None
+    if not prepared.images:
+        return
+    left = PICTURED
+    for part in Order.once(prepared, window_rows=PICTURED).slices(0, prepared.rows):
+        rows = prepared.seen(part.read(prepared))
+        assert rows.pixels is not None
+        for ids, flags, pixels in zip(rows.input_ids, rows.flags, rows.pixels, strict=True):
+            starts = np.flatnonzero(flags & pack.START)
+            end = starts[1] if len(starts) > 1 else len(flags)
+            soft = (flags[:end] & pack.IMAGE) != 0
+            count = int(soft.sum()) // trained.image_tokens  # of the first document of the row, whose images come first
+            real = (flags[:end] & pack.REAL) != 0
+            if left and count:
+                left -= 1
+                yield Pictured(tuple(ids[:end][real].tolist()), tuple(soft[real].tolist()), pixels[:count])
+        if not left:
+            return
 
 
 def _documents(trained: Trained) -> Iterator[tuple[int, ...]]:
@@ -167,9 +223,9 @@ def _documents(trained: Trained) -> Iterator[tuple[int, ...]]:
         for ids, flags in zip(rows.input_ids, rows.flags, strict=True):
             starts = np.flatnonzero(flags & pack.START)
             for begin, end in zip(starts, [*starts[1:], len(flags)], strict=True):
-                # A label is behind its text, and is not what the model reads.
-                kept = (pack.REAL | pack.TRAINED) if trained.labels else pack.REAL
-                document = ids[begin:end][(flags[begin:end] & kept) == pack.REAL][:TOKENS]
+                # Without images' tokens; and a label is behind its text, and is not what the model reads.
+                marks = pack.REAL | pack.IMAGE | (pack.TRAINED if trained.labels else 0)
+                document = ids[begin:end][(flags[begin:end] & marks) == pack.REAL][:TOKENS]
                 if left and len(document) >= shortest:
                     left -= 1
                     yield tuple(document.tolist())

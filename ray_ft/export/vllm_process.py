@@ -29,7 +29,14 @@ from ray_ft.export.reference import TOKENS
 from ray_ft.export.tensorfile import folder_entries
 from ray_ft.model import load
 from ray_ft.trained import Trained
-from ray_ft.vllm_needs import CPU_KV_FLOOR, GPU_MEMORY_UTILIZATION, environment, kv_bytes_per_token, lora_rank
+from ray_ft.vllm_needs import (
+    CPU_KV_FLOOR,
+    GPU_MEMORY_UTILIZATION,
+    environment,
+    kv_bytes_per_token,
+    lacks_torchvision,
+    lora_rank,
+)
 
 GIB = 1 << 30
 OVERHEAD = 3 * GIB  # of the process beside weights: libraries, activations, the KV cache of a few documents
@@ -45,7 +52,7 @@ def obstacle(trained: Trained) -> str | None:
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed"
     config = load.load_config(trained.base)
-    if config.get_text_config() is not config and importlib.util.find_spec("torchvision") is None:
+    if lacks_torchvision(config.to_dict()):
         return "vLLM reads models with parts beside the text model by torchvision, which is not installed"
     weights = _bytes(trained)
     if not torch.cuda.is_available() and _built_for_gpus():

@@ -19,7 +19,7 @@ from ray_ft.answers import Engine, EngineName, Prompt, Sampling, Target
 from ray_ft.errors import DataError
 from ray_ft.generate.inputs import FORMATS, Format, Inputs, Row
 from ray_ft.generate.outputs import Answered, Counts, Output
-from ray_ft.recipe import TextSource
+from ray_ft.recipe import ImageQuestionSource, TextSource
 from ray_ft.view import View
 
 __all__ = ["generate", "Generated", "FORMATS"]
@@ -122,14 +122,15 @@ def _format(name: str | None, settings: Mapping[str, Any], inputs: Inputs, targe
 
 
 def _of_run(location: str) -> list[Format]:
-    """How the run's own rows ask, the held-out ones first."""
+    """How the run's own rows ask, the held-out ones first; those that show an image are not asked here."""
     from ray_ft import recipe
     from ray_ft.answers.found import refuse_labels
 
     settings = recipe.load(paths.RunDir(location).recipe)
     refuse_labels(location, settings.model.labels)
     sources = [*settings.data.eval, *settings.data.train]
-    return [Format.from_source(source) for source in sources if not isinstance(source, TextSource)]
+    asking = (source for source in sources if not isinstance(source, TextSource | ImageQuestionSource))
+    return [Format.from_source(source) for source in asking]
 
 
 def _answer(

@@ -55,7 +55,13 @@ class Adapted:
 
 
 def adapt(
-    model: PreTrainedModel, settings: Model, weights: torch.dtype, frozen: torch.dtype, *, packed: bool = True
+    model: PreTrainedModel,
+    settings: Model,
+    weights: torch.dtype,
+    frozen: torch.dtype,
+    *,
+    packed: bool = True,
+    images: bool = False,
 ) -> Adapted:
     """Settle what of a model on the meta device is trained, in place.
 
@@ -65,6 +71,7 @@ def adapt(
     Args:
         weights: precision in which trained parameters are kept.
         frozen: precision of all others. Buffers stay as they are.
+        images: rows may have images, so that the vision tower and its projector are reached too.
         packed: hold what is quantized in 4 bits; else the layers stay as they are, to be filled with rounded weights.
 
     Raises:
@@ -73,7 +80,7 @@ def adapt(
         ResourceError: 4-bit layers are wanted, and bitsandbytes is not installed.
     """
     total = _elements(model.parameters())
-    unreached = set(freeze.unreachable(model))
+    unreached = set(freeze.unreachable(model, images=images))
     parameters = dict(model.named_parameters())
     if settings.adapter:
         model.requires_grad_(False)
@@ -86,7 +93,8 @@ def adapt(
         parameters[name].requires_grad_(False)
     whole = [parameter for parameter in parameters.values() if parameter.requires_grad]
 
-    quantized = quantize.targets(model, unreached) if settings.quantize else []
+    # Towers are small, and keep their precision also where they are reached.
+    quantized = quantize.targets(model, set(freeze.unreachable(model))) if settings.quantize else []
     names: list[str] = []
     described = ""
     if settings.adapter:

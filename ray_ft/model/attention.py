@@ -33,17 +33,27 @@ class Choice:
     reason: str
 
 
-def choose(setting: str, device_type: str, config: PretrainedConfig, dtype: torch.dtype | None = None) -> Choice:
+def choose(
+    setting: str,
+    device_type: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype | None = None,
+    *,
+    images: bool = False,
+) -> Choice:
     """The implementation for the recipe's `model.attention`.
 
     Args:
+        images: rows may have images, whose tokens see each other in both directions.
         dtype: precision of the computation; None: what is usual on the device, bfloat16 on GPUs.
 
     Raises:
         ModelError: one is asked for that does not work here.
     """
     dtype = dtype or (torch.bfloat16 if device_type == "cuda" else torch.float32)
-    obstacle = _no_flash(device_type, config, dtype)
+    # Of masks it has the causal one alone, and transformers would take that for images without a word.
+    obstacle = "it has no mask in which the tokens of an image see each other" if images else None
+    obstacle = obstacle or _no_flash(device_type, config, dtype)
     if setting == "auto":
         if obstacle is None:
             return Choice(FLASH, "flash_attention_2: it is installed and fits the model")
@@ -52,7 +62,7 @@ def choose(setting: str, device_type: str, config: PretrainedConfig, dtype: torc
         return Choice("sdpa", f"sdpa, not flash_attention_2: {obstacle}")
     obstacles = {FLASH: obstacle, "sdpa": _no_sdpa(config), "flex_attention": _no_flex(device_type, config)}
     if why := obstacles.get(setting):
-        instead = choose("auto", device_type, config, dtype).implementation
+        instead = choose("auto", device_type, config, dtype, images=images).implementation
         raise ModelError(
             f"model.attention = {setting!r} cannot be used: {why}",
             ["model.attention=auto takes what works and says why", f"model.attention={instead} works here"],

@@ -23,6 +23,8 @@ TOWERS = {
     "vision_tower": ("vision_tower", "vision_model", "visual"),
     "audio_tower": ("audio_tower", "audio_model"),
 }
+#: Of a vision-language model of Gemma's, what images pass through on their way to the language model.
+SEEING = ("vision_tower", "multi_modal_projector")
 PARTS = ("input_embeddings", "output_embeddings", *TOWERS, "language_model")
 
 
@@ -60,9 +62,15 @@ def freeze(model: PreTrainedModel, frozen: Sequence[str], trained: Sequence[str]
     return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
-def unreachable(model: PreTrainedModel) -> list[str]:
-    """Names of parameters that rows of text do not pass through, such as a vision tower's: they get no gradient."""
+def unreachable(model: PreTrainedModel, *, images: bool = False) -> list[str]:
+    """Names of parameters that rows do not pass through, such as a vision tower's: they get no gradient.
+
+    Args:
+        images: rows have images, and not text alone.
+    """
     reached = {id(p) for p in [*model.get_decoder().parameters(), *head(model).parameters()]}
+    if images:  # an audio tower stays unreached
+        reached |= {id(p) for name in SEEING for p in getattr(model.base_model, name).parameters()}
     return [name for name, parameter in model.named_parameters() if id(parameter) not in reached]
 
 

@@ -47,7 +47,14 @@ class LossModel(nn.Module):
         self.model = model
         self.chunk = chunk
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        labels: torch.Tensor,
+        soft: torch.Tensor | None = None,
+        pixels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Sums of the negative log-likelihoods of the target tokens, in nats.
 
         Args:
@@ -55,19 +62,26 @@ class LossModel(nn.Module):
             position_ids: int64 [rows, tokens], restarting at 0 with each document. They alone keep documents apart: an
                 attention mask, even of ones, would let them see each other.
             labels: int64 [rows, tokens], not shifted; `IGNORE` where there is no target.
+            soft: bool [rows, tokens], which tokens stand for parts of images; None in a run without images.
+            pixels: float32 [images, channels, height, width], in the order of their tokens.
 
         Returns:
             float32 [rows, 1]: of each row. It depends on every trained parameter also where no token is a target, so
             that no worker leaves a collective operation out.
         """
-        losses, at, nothing = self.target_losses(input_ids, position_ids, labels)
+        losses, at, nothing = self.target_losses(input_ids, position_ids, labels, soft, pixels)
         total = nothing.new_zeros(len(input_ids)) + nothing
         if len(losses):
             total = total.index_add(0, at[:, 0], losses)
         return torch.stack([total], dim=1)  # no view: FSDP's hooks want an output of its own
 
     def target_losses(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        labels: torch.Tensor,
+        soft: torch.Tensor | None = None,
+        pixels: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(losses, at, nothing) of n target tokens; arguments as of `forward`.
 
@@ -75,10 +89,12 @@ class LossModel(nn.Module):
             The negative log-likelihood of each, float32 [n]; its row and the position before it, int64 [n, 2]; and a
             zero, float32 [], on which the result has to depend: where there is no target it ties it to the model.
         """
-        # The language model itself: text passes by a vision-language model's towers, and its masks stay those of text.
-        hidden = self.model.get_decoder()(
-            input_ids=input_ids, use_cache=False, **documents(self.model, position_ids)
-        ).last_hidden_state
+        if soft is None or pixels is None:
+            # The language model itself: text passes by a vision-language model's towers, and has the masks of text.
+            decoder, given = self.model.get_decoder(), documents(self.model, position_ids)
+            hidden = decoder(input_ids=input_ids, use_cache=False, **given).last_hidden_state
+        else:
+            hidden = self._seeing(input_ids, position_ids, soft, pixels)
         targets = labels[:, 1:]
         wanted = targets != IGNORE
         states, words = hidden[:, :-1][wanted], targets[wanted]
@@ -91,6 +107,21 @@ class LossModel(nn.Module):
         if not len(words):
             nothing = nothing + hidden.sum().float() * 0.0 + losses[0].sum()
         return torch.cat(losses), wanted.nonzero(), nothing
+
+    def _seeing(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, soft: torch.Tensor, pixels: torch.Tensor
+    ) -> torch.Tensor:
+        """The last hidden states, the tokens of one image seeing each other in both directions.
+
+        Where there is no image, a black one is looked at and counts nothing: a tower that lies in shards is gathered by
+        all workers together, and the others may have images.
+        """
+        inner = self.model.base_model
+        given = {"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": soft.long()}
+        if len(pixels):
+            return inner(**given, pixel_values=pixels, use_cache=False).last_hidden_state
+        black = inner.get_image_features(pixels.new_zeros(1, *pixels.shape[1:])).pooler_output
+        return inner(**given, use_cache=False).last_hidden_state + black.sum() * 0.0
 
     def _chunk_loss(self, states: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         logits = self.model.get_output_embeddings()(states).float()

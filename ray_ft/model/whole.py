@@ -14,17 +14,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def whole(folder: str, device: torch.device, dtype: torch.dtype, labels: Sequence[str] = ()) -> PreTrainedModel:
+def whole(
+    folder: str, device: torch.device, dtype: torch.dtype, labels: Sequence[str] = (), *, images: bool = False
+) -> PreTrainedModel:
     """The model of a local folder, its weights included, in evaluation mode.
 
     Args:
         labels: of the classifier that it is to be; none: it is a language model.
+        images: it is shown images, and not text alone.
 
     Raises:
         ModelError: it cannot be loaded, or is no classifier of these labels.
     """
     config = load.load_config(folder, labels)
-    model = load.build(config, attention.choose("auto", device.type, config, dtype).implementation, dtype)
+    chosen = attention.choose("auto", device.type, config, dtype, images=images)
+    model = load.build(config, chosen.implementation, dtype)
     if classify.new_names(model, load.weight_files(folder)):
         raise ModelError(
             f"{folder!r} is no classifier: it has no {classify.HEAD}",

@@ -48,6 +48,8 @@ def show(
     free = memory.gpu_limit - memory.total
     verdict = f"fits: {_gib(free)} GiB free ({free / memory.gpu_limit:.0%})" if plan.fits else _shortage(plan)
     console.print(f"[bold {'green' if plan.fits else 'red'}]{escape(verdict)}[/]", f"(fullest: {memory.fullest})")
+    if plan.recipe.data.images:
+        line("not counted: what the vision tower computes for images, and what it keeps of them where it is trained")
     line(_speed(plan))
     line(_cost(plan, tokens))
     if settings:

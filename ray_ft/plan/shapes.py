@@ -162,7 +162,8 @@ def build(config: PretrainedConfig, recipe: Recipe, compute: torch.dtype) -> tup
     model = load.build(config, "eager" if recipe.model.attention == "eager" else "sdpa", compute)
     # DeepSpeed computes with trained weights in the precision of the computation; its float32 copy is the optimizer's.
     weights = compute if recipe.train.strategy.startswith("zero") else getattr(torch, recipe.train.optimizer.weights)
-    return model, adapt.adapt(model, recipe.model, weights, compute, packed=False)
+    images = recipe.data.images is not None
+    return model, adapt.adapt(model, recipe.model, weights, compute, packed=False, images=images)
 
 
 def read(model: PreTrainedModel, recipe: Recipe, compute: torch.dtype, quantized: Collection[str] = ()) -> Shapes:

@@ -175,6 +175,18 @@ class PreferenceSource(Source):
         return self
 
 
+class ImageQuestionSource(AnswerSource):
+    """A picture, a question about it, and the answer."""
+
+    format: Literal["image_question"]
+    image_field: str = "image"
+    """Column with the image: a path, a data: URL, an address on an allowed host, or its bytes."""
+    question_field: str = "question"
+    """Column with the question."""
+    answer_field: str = "answer"
+    """Column with the answer."""
+
+
 AnySource = Annotated[
     MessagesSource
     | PromptCompletionSource
@@ -182,7 +194,8 @@ AnySource = Annotated[
     | TextSource
     | TemplateSource
     | LabelsSource
-    | PreferenceSource,
+    | PreferenceSource
+    | ImageQuestionSource,
     Field(discriminator="format"),
 ]
 
@@ -212,6 +225,18 @@ def template_fields(template: str) -> set[str]:
     return fields
 
 
+class Images(Section):
+    """Which images rows may bring."""
+
+    hosts: list[Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$")]] = []
+    """Hosts that images are fetched from by https when the data is prepared, such as images.example.org; of none by
+    default: what a row names is fetched by your machines, in your network."""
+    max_bytes: Annotated[int, Field(ge=1)] = 20 << 20
+    """Largest image, as it is stored."""
+    max_pixels: Annotated[int, Field(ge=1)] = 40_000_000
+    """Width × height of the largest: a few KB may unpack to gigabytes."""
+
+
 class Data(Section):
     train: Annotated[list[AnySource], Field(min_length=1)]
     """Sources to train on."""
@@ -231,6 +256,9 @@ class Data(Section):
     """Tokens that are shuffled among each other (and held in memory, 5 bytes each, by one reading task)."""
     cache: Literal["auto", "off"] = "auto"
     """Keep the tokens of training rows in run.storage; off: keep an index, and tokenize each time rows are read."""
+    images: Images | None = None
+    """Train on the images in the rows too, where the model sees; {} takes the defaults; null: rows with any are
+    rejected."""
     ledger: bool = False
     """Record which samples each step used, as file:line, in the run directory."""
 
@@ -262,6 +290,28 @@ class Data(Section):
             raise ValueError(
                 "long_rows: truncate would compare answers of which one is cut, and format preference compares whole "
                 "ones; set long_rows: drop, and raise seq_len for longer pairs"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _images_are_kept(self) -> Data:
+        if self.images is None:
+            for split in ("train", "eval"):
+                for at, source in enumerate(getattr(self, split)):
+                    if isinstance(source, ImageQuestionSource):
+                        raise ValueError(
+                            f"{split}.{at} has format {source.format}, and images: null rejects every row with an "
+                            "image; set data.images={}, or choose another format"
+                        )
+        elif self.task != "language":
+            raise ValueError(
+                f"images is for rows that are answered, and train.0 has format {self.train[0].format}, whose rows are "
+                "text alone; remove images, or set format: messages or image_question"
+            )
+        elif self.cache == "off":
+            raise ValueError(
+                "cache: off would fetch and check every image again each time its row is read, and another image may "
+                "lie under its name by then; remove cache, or set images: null"
             )
         return self
 

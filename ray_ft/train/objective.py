@@ -45,18 +45,20 @@ class Objective:
     statistics: tuple[str, ...] = ()
 
 
-def tensors(rows: pack.Rows, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(input_ids, position_ids, labels), each int64 [rows, tokens], without columns that are padding in every row.
+def tensors(rows: pack.Rows, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """(input_ids, position_ids, labels), each int64 [rows, tokens], without columns that are padding in every row; of a
+    run with images also (soft, pixels): bool [rows, tokens], and float32 [images, channels, height, width] of all rows.
 
-    Leaving them out changes nothing that is computed for real tokens. The width is rounded up to a multiple of 64, so
-    that allocators and compiled kernels see few different shapes.
+    Leaving padding out changes nothing that is computed for real tokens. The width is rounded up to a multiple of 64,
+    so that allocators and compiled kernels see few different shapes.
     """
     longest = int(np.count_nonzero((rows.flags & pack.REAL).any(axis=0)))
     width = min(max(-(-longest // 64) * 64, 64), rows.flags.shape[1])
     ids, flags = rows.input_ids[:, :width], rows.flags[:, :width]
-    arrays = (ids.astype(np.int64), pack.position_ids(flags), pack.labels(ids, flags))
-    a, b, c = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
-    return a, b, c
+    arrays = [ids.astype(np.int64), pack.position_ids(flags), pack.labels(ids, flags)]
+    if rows.pixels is not None:
+        arrays += [(flags & pack.IMAGE) != 0, np.concatenate(list(rows.pixels))]
+    return tuple(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
 
 
 def with_reference(rows: pack.Rows, device: torch.device) -> tuple[torch.Tensor, ...]:

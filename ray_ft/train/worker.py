@@ -250,9 +250,11 @@ def build(recipe: Recipe, layout: Layout, counts: Counts | None = None) -> Built
         quantize.check(layout.device.type)
     folder = recipe.model.folder()
     config = load.load_config(folder, recipe.model.labels)
-    chosen = attention.choose(recipe.model.attention, layout.device.type, config, layout.dtype)
+    images = recipe.data.images is not None
+    chosen = attention.choose(recipe.model.attention, layout.device.type, config, layout.dtype, images=images)
     model = load.build(config, chosen.implementation)
-    adapted = adapt.adapt(model, recipe.model, WEIGHTS[recipe.train.optimizer.weights], layout.dtype)
+    weights = WEIGHTS[recipe.train.optimizer.weights]
+    adapted = adapt.adapt(model, recipe.model, weights, layout.dtype, images=images)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     flops = flops_per_token(model)  # before a strategy cuts the parameters up

@@ -112,7 +112,8 @@ def free_port() -> int:
 
 def start(run: Path, log: Path, *options: str) -> subprocess.Popen[bytes]:
     env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    env |= {"PYTHONPATH": str(ROOT), "RAY_FT_API_KEYS": f"tests:{KEY}", "XDG_RUNTIME_DIR": str(log.parent)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env |= {"PYTHONPATH": path, "RAY_FT_API_KEYS": f"tests:{KEY}", "XDG_RUNTIME_DIR": str(log.parent)}
     with log.open("wb") as out:
         return subprocess.Popen(
             [sys.executable, "-m", "ray_ft", "serve", str(run), *options],

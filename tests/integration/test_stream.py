@@ -20,7 +20,7 @@ from ray_ft.data.order import Order
 from ray_ft.data.prepare import prepare
 from ray_ft.demo import DemoPaths
 from ray_ft.errors import DataError
-from ray_ft.recipe import Recipe
+from ray_ft.recipe import Recipe, parse
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 GLOBAL, WORLD = 8, 2
@@ -93,3 +93,39 @@ def test_ray_data_delivers_the_order_with_names_from_rows_that_are_not_stored(
         causes.append(getattr(causes[-1], "cause", None) or causes[-1].__cause__)
     ours = [cause for cause in causes if isinstance(cause, DataError)]
     assert ours and "plain.jsonl changed since it was prepared" in str(ours[-1])
+
+
+def test_pictures_arrive_with_their_rows(ray_cluster: None, pictures: DemoPaths, tmp_path: Path) -> None:
+    words = tmp_path / "words.jsonl"
+    turns = [{"role": "user", "content": "how many"}, {"role": "assistant", "content": "two"}]
+    words.write_text(json.dumps({"messages": turns}) + "\n")  # a row without any
+    content = {
+        "model": {"path": pictures.base},
+        "run": {"name": "run", "storage": str(tmp_path / "runs")},
+        "data": {
+            "train": [
+                {"path": pictures.train[2], "format": "image_question"},
+                {"path": list(pictures.train[:2]), "format": "messages"},
+                {"path": str(words), "format": "messages"},
+            ],
+            "images": {},
+            "seq_len": 128,
+        },
+        "train": {"global_batch": GLOBAL, "workers": WORLD},
+    }
+    recipe = parse(content)
+    order = Order.of(recipe, prepare(recipe, "train", pictures.base, stream.spread))
+    stop = -(-order.rows // GLOBAL) * GLOBAL  # with padding, which has none either
+    rows = stream.training_dataset(order, 0, stop).repartition(target_num_rows_per_block=4, strict=True)
+    (shard,) = rows.streaming_split(1, equal=True)
+    found = list(stream.batches(shard, order, 0, 0, 1, 4))
+    expected = list(stream.local_batches(order, 0, stop, 0, 1, 4))
+    assert len(found) == len(expected)
+    counts = set()
+    for one, other in zip(found, expected, strict=True):
+        assert np.array_equal(one.rows.input_ids, other.rows.input_ids)
+        assert one.rows.pixels is not None and other.rows.pixels is not None
+        for ours, theirs in zip(one.rows.pixels, other.rows.pixels, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+            counts.add(len(ours))
+    assert {0} < counts  # with some and with none, in one batch too

@@ -137,6 +137,26 @@ def recipe_of(demo: DemoPaths, storage: str | Path, *overrides: str) -> Recipe:
     return recipes.parse(content)
 
 
+def pictured_recipe(
+    pictures: DemoPaths, storage: Path, sources: list[dict[str, Any]] | None = None, *more: str
+) -> Recipe:
+    """A recipe for seconds of training on pictures, without Ray; `sources` replaces data.train."""
+    messages, parquet = list(pictures.train[:2]), pictures.train[2]
+    given = [{"path": parquet, "format": "image_question"}, {"path": messages, "format": "messages"}]
+    content: dict[str, Any] = {
+        "run": {"name": "run", "storage": str(storage)},
+        "model": {"path": pictures.base},
+        "data": {"train": sources or given, "images": {}, "seq_len": 128},
+        "train": {
+            "strategy": "none", "workers": 0, "device": "cpu", "global_batch": 4, "micro_batch": 2, "log_every": 1,
+            "optimizer": {"lr": 1e-3},
+        },
+    }  # fmt: skip
+    for override in more:
+        recipes.apply_override(content, override)
+    return recipes.parse(content)
+
+
 # --------------------------------------------------------------------------------------------------------- training
 
 

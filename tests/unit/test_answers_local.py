@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ray_ft import answers
 from ray_ft.answers import Answer, Prompt, Sampling, Target, found, local
+from ray_ft.data.images import BadImage
 from ray_ft.demo import DemoPaths
 from ray_ft.errors import CheckpointError, ModelError, ResourceError
 from ray_ft.recipe import Recipe
@@ -220,9 +221,9 @@ def test_a_model_without_eyes_refuses_images(demo: DemoPaths) -> None:
 
 
 def test_nothing_is_fetched_for_an_image() -> None:
-    with pytest.raises(ModelError, match="no image that can be read"):
+    with pytest.raises(BadImage, match="nothing is fetched"):
         local._image("http://127.0.0.1/cat.png")
-    with pytest.raises(ModelError, match="no image that can be read"):
+    with pytest.raises(BadImage, match="not a PNG"):
         local._image("data:image/png;base64,AAAA")
 
 
@@ -284,5 +285,13 @@ def test_a_model_that_sees_answers_about_images(seeing: str) -> None:
     assert red.error is None and red.prompt_tokens > 4
     assert red.text != blue.text
     words = Prompt(messages=[{"role": "user", "content": "seven"}])
-    mixed = ask(seeing, [words, picture("red"), words])
+    longer = picture("blue")
+    assert longer.messages is not None
+    longer.messages[0]["content"].append({"type": "text", "text": " and how many"})
+    broken = picture("red")
+    assert broken.messages is not None
+    broken.messages[0]["content"][0]["image_url"]["url"] = "data:image/png;base64,AAAA"
+    mixed = ask(seeing, [words, picture("red"), words, longer, broken])
     assert mixed[1] == red and mixed[0] == mixed[2] == ask(seeing, [words])[0]
+    assert mixed[3] == ask(seeing, [longer])[0]  # beside a shorter one as alone
+    assert "not a PNG" in (mixed[4].error or "")

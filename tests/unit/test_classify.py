@@ -152,7 +152,7 @@ def test_the_head_alone_can_be_trained_and_a_new_one_must_be() -> None:
 
 
 def recipe_for(demo: DemoPaths, strategy: str, world: int, accumulation: int, *more: str) -> Recipe:
-    source = json.dumps([{"path": "/none/labels.jsonl", "format": "labels"}])
+    source = json.dumps([{"path": "labels.jsonl", "format": "labels"}])  # which nothing here reads
     return recipe_of(
         demo, "/none", f"model.labels={json.dumps(NAMES)}", f"data.train={source}", "data.eval=[]",
         f"train.strategy={strategy}", f"train.workers={world}", f"train.micro_batch={8 // (world * accumulation)}",

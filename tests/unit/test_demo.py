@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import os
@@ -36,6 +37,11 @@ def train_rows(demo: DemoPaths) -> list[dict[str, str]]:
     plain, zipped, table = demo.train
     text = Path(plain).read_bytes() + gzip.decompress(Path(zipped).read_bytes())
     return [json.loads(line) for line in text.decode().splitlines()] + pq.read_table(table).to_pylist()
+
+
+def train_rows_of(file: str) -> list[dict[str, Any]]:
+    content = Path(file).read_bytes()
+    return [json.loads(line) for line in (gzip.decompress(content) if file.endswith(".gz") else content).splitlines()]
 
 
 def contents(demo: DemoPaths) -> dict[str, bytes]:
@@ -115,6 +121,24 @@ def test_sums_are_true_and_no_pair_is_held_out_and_trained(task: str, tmp_path: 
     assert len(tokenizer(" hundreds", add_special_tokens=False).input_ids) == 1
 
 
+def test_pictures_are_kept_in_three_ways_and_none_is_held_out_and_trained(tmp_path: Path) -> None:
+    made = write_demo(str(tmp_path / "demo"), task="vision", rows=9, hidden_size=32, layers=1)
+    named, held = ([row["messages"][0]["content"][0] for row in train_rows_of(file)] for file in made.train[:2])
+    files = [Path(made.train[0]).parent / part["image"] for part in named]
+    pictures = [file.read_bytes() for file in files]
+    pictures += [base64.b64decode(part["image_url"]["url"].partition(",")[2]) for part in held]
+    pictures += [row["image"]["bytes"] for row in pq.read_table(made.train[2]).to_pylist()]
+    heldout = pq.read_table(made.heldout).to_pylist()
+    assert len(set(pictures)) == 9 and len(heldout) == 240
+    assert all(content.startswith(b"\x89PNG") for content in pictures)
+    assert not set(pictures) & {row["image"]["bytes"] for row in heldout}
+    assert write_demo(str(tmp_path / "demo"), task="vision", rows=9, hidden_size=32, layers=1).reused
+    files[0].unlink()  # a file that a row names is a part of the demo
+    assert not write_demo(str(tmp_path / "demo"), task="vision", rows=9, hidden_size=32, layers=1).reused
+    write_demo(str(tmp_path / "demo"), **SMALL)
+    assert not any(file.exists() for file in files)
+
+
 def test_another_task_replaces_the_folder_and_an_unknown_one_is_refused(tmp_path: Path) -> None:
     settings = {**SMALL, "rows": 31}
     write_demo(str(tmp_path), **settings)
@@ -157,7 +181,8 @@ def test_interrupted_call_is_not_reused(tmp_path: Path, monkeypatch: pytest.Monk
 
     settings = {**SMALL, "rows": 31}
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_base", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed = replace(translation.TASK, write_base=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setitem(module.TASKS, "translation", killed)
         with pytest.raises(KeyboardInterrupt):
             write_demo(str(tmp_path), **settings)
     made = write_demo(str(tmp_path), **settings)

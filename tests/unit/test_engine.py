@@ -104,6 +104,19 @@ def test_cpu_without_room_says_what_is_needed() -> None:
     assert "serve.replicas" in str(caught.value)
 
 
+def test_a_model_that_sees_is_refused_on_cpu_where_vllm_could_not_load_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeing = {"text_config": SMALL, "vision_config": {}}
+    cluster = Cluster(node_cpus=8, node_memory=24 * GIB)
+    for there in (None, object()):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, there=there: there)
+        if there is None:
+            with pytest.raises(ServeError, match="by torchvision: it is not installed"):
+                engine.plan(model(seeing), cluster)
+            engine.plan(model(SMALL), cluster)
+        else:
+            assert engine.plan(model(seeing), cluster).device == "cpu"
+
+
 def test_cpu_without_room_for_the_context_says_which_would_fit() -> None:
     hf = {"num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256}
     cluster = Cluster(node_cpus=8, node_memory=8 * GIB)

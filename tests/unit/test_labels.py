@@ -100,7 +100,7 @@ def test_one_run_is_for_one_task(labelled: Callable[..., Recipe]) -> None:
 
 @pytest.mark.parametrize(("label", "number"), [("good", 0), ("bad", 1), (1, 1), (2, 2), ("2", 2)])
 def test_a_label_is_a_name_or_a_number(label: Any, number: int) -> None:
-    assert to_sample(SOURCE, {"text": " so ", "label": label}, None, NAMES) == Labelled(" so ", number)
+    assert to_sample(SOURCE, {"text": " so ", "label": label}, labels=NAMES) == Labelled(" so ", number)
 
 
 @pytest.mark.parametrize(
@@ -122,14 +122,14 @@ def test_a_label_is_a_name_or_a_number(label: Any, number: int) -> None:
     ],
 )
 def test_a_row_that_says_no_label_or_no_text_is_rejected(row: dict[str, Any], reason: str, detail: str) -> None:
-    found = to_sample(SOURCE, row, None, NAMES)
+    found = to_sample(SOURCE, row, labels=NAMES)
     assert isinstance(found, Reject)
     assert found.reason == reason and detail in found.detail
 
 
 def test_a_text_with_a_special_token_is_rejected(demo: DemoPaths) -> None:
     special = Renderer(load_tokenizer(demo.base)).special
-    found = to_sample(SOURCE, {"text": "one<eos>two", "label": 0}, special, NAMES)
+    found = to_sample(SOURCE, {"text": "one<eos>two", "label": 0}, special, labels=NAMES)
     assert isinstance(found, Reject) and found.reason == "holds the special token '<eos>'"
 
 

@@ -26,6 +26,9 @@ def system(content: str) -> dict[str, str]:
     return {"role": "system", "content": content}
 
 
+PICTURED = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "q"}]}]
+
+
 def pair(asked: list[dict[str, str]], chosen: str, rejected: str) -> Pair:
     answers = ([*asked, *say(text, first="assistant")] for text in (chosen, rejected))
     return Pair(*(Conversation(tuple(turns), len(asked)) for turns in answers))
@@ -110,6 +113,15 @@ def test_every_layout_is_read(source: PreferenceSource, row: dict[str, Any], exp
         (PAIRS, {"prompt": "q", "chosen": "a", "rejected": "\ud800"}, "field 'rejected' holds a lone surrogate"),
         (PAIRS, {"prompt": "q", "chosen": "a<s>", "rejected": "b"}, "holds the special token '<s>'"),
         (PAIRS, {"prompt": "q", "chosen": "a", "rejected": "b<s>"}, "holds the special token '<s>'"),
+        (PAIRS, {"prompt": PICTURED, "chosen": "a", "rejected": "b"}, "pair with an image"),
+        (
+            WHOLE,
+            {
+                "chosen": [*PICTURED, *say("a", first="assistant")],
+                "rejected": [*PICTURED, *say("b", first="assistant")],
+            },
+            "pair with an image",
+        ),
     ],
 )
 def test_what_is_no_pair_is_rejected(source: PreferenceSource, row: dict[str, Any], reason: str) -> None:

@@ -231,10 +231,10 @@ def test_parts_as_parquet_gives_them_are_read_and_other_keys_ignored() -> None:
         (messages(("user", LONE), ("assistant", "b")), "field 'content' holds a lone surrogate", ""),
         (
             messages(("user", [{"type": "text", "text": "a"}, {"type": "image", "url": "b"}]), ("assistant", "c")),
-            "message part is not text",
-            "'image'",
+            "row with an image",
+            "message 0; data.images is null",
         ),
-        (messages(("user", ["a"]), ("assistant", "c")), "message part is not text", "'str'"),
+        (messages(("user", ["a"]), ("assistant", "c")), "message part is neither text nor image", "'str'"),
         (messages(("user", [{"type": "text"}]), ("assistant", "c")), "missing field 'text'", "'type'"),
         (messages(("user", [{"type": "text", "text": 1}]), ("assistant", "c")), "field 'text' is int", "1"),
         (messages(("user", []), ("assistant", "c")), "field 'content' is empty", ""),

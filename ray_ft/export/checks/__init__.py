@@ -15,10 +15,10 @@ from ray_ft.export.checks.files import (
     weights_changed,
     weights_trained,
 )
-from ray_ft.export.checks.text import chat_template, stop_ids, text_tokens
+from ray_ft.export.checks.text import chat_template, images, stop_ids, text_tokens
 from ray_ft.export.gate import Check
 
-#: Of a whole model.
+#: Of a whole model; `images` besides, where it was trained on some.
 MODEL: tuple[Check, ...] = (
     base,
     keys,
@@ -80,4 +80,5 @@ def wanted(case: Case) -> tuple[Check, ...]:
     if case.trained.labels:
         at = LABELS.index(weights_changed)
         return (*LABELS[:at], adapter_effect, *LABELS[at:]) if adapted else LABELS
-    return MERGED if adapted else MODEL
+    checks = MERGED if adapted else MODEL
+    return (images, *checks) if case.trained.recipe.data.images else checks

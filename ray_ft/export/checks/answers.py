@@ -12,7 +12,7 @@ from ray_ft.errors import ExportError
 from ray_ft.export import lora
 from ray_ft.export.case import Case
 from ray_ft.export.gate import LeftOut, check
-from ray_ft.export.reference import Distance, answers
+from ray_ft.export.reference import Distance
 from ray_ft.export.tensorfile import Reader
 from ray_ft.model import adapter, load
 
@@ -64,7 +64,8 @@ def logits_transformers(case: Case) -> dict[str, Any]:
     if not isinstance(vllm, str) and not vllm.asked and _room_for_two(case):
         vllm.ask(case.folder, [list(ids) for ids in reference.documents])  # loads while transformers does
     model = _loaded(case)
-    return _compared(case, reference.distance(answers(model, ids) for ids in reference.documents))
+    found = _compared(case, reference.distance_of(model))
+    return {**found, "rows_with_images": len(reference.pictured)} if reference.pictured else found
 
 
 def _loaded(case: Case) -> Any:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from transformers import AutoTokenizer
 
 from ray_ft import paths
 from ray_ft.data import pack, sources
+from ray_ft.data.images import ImageReader
 from ray_ft.data.lines import Reject
 from ray_ft.data.order import Order
 from ray_ft.data.render import Renderer, Tokens, load_tokenizer
 from ray_ft.data.rows import Asked, Conversation, Joined, Labelled, Pair, Sample, columns_used, preferred, to_sample
+from ray_ft.data.vision import Vision, load_vision
 from ray_ft.errors import DataError, ExportError, StorageError
 from ray_ft.export.case import Case
 from ray_ft.export.gate import check
@@ -49,10 +53,36 @@ def stop_ids(case: Case) -> dict[str, Any]:
     return {"stop_token_ids": found}
 
 
+@check("images")
+def images(case: Case) -> dict[str, Any]:
+    """The exported folder makes the same tokens and pixels of an image as the base did in training."""
+    trained, exported = (load_vision(folder, _tokenizer(folder)) for folder in (case.trained.base, case.folder))
+    if trained.tokens != exported.tokens or trained.token_id != exported.token_id:
+        raise ExportError(
+            "the exported folder puts other tokens in place of an image than training did",
+            [f"its tokenizer_config.json and processor_config.json are to be those of {case.trained.base}"],
+        )
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)).save(file, "PNG")
+    pixels = [one.pixels([file.getvalue()]) for one in (trained, exported)]
+    if not np.array_equal(pixels[0], pixels[1]):
+        raise ExportError(
+            "the exported folder scales images otherwise than training did",
+            [f"its preprocessor_config.json and processor_config.json are to be those of {case.trained.base}"],
+        )
+    return {"tokens": int(case.trained.image_tokens), "shape": list(pixels[0].shape[1:])}
+
+
 @check("chat_template")
 def chat_template(case: Case) -> dict[str, Any]:
     """Real rows give the same text and the same token ids by the exported folder as by the base in training."""
-    trained, exported = Renderer(load_tokenizer(case.trained.base)), Renderer(_tokenizer(case.folder))
+    trained, exported = (
+        Renderer(tokenizer, vision=_vision(case, folder, tokenizer))
+        for folder, tokenizer in (
+            (case.trained.base, load_tokenizer(case.trained.base)),
+            (case.folder, _tokenizer(case.folder)),
+        )
+    )
     origin, samples = real_samples(case.trained)
     tokens = 0
     for sample, ours, theirs in zip(samples, trained.encode(samples), exported.encode(samples), strict=True):
@@ -93,6 +123,10 @@ def text_tokens(case: Case) -> dict[str, Any]:
             )
         tokens += len(theirs)
     return {"rows": len(samples), "tokens": tokens, "rows_from": origin}
+
+
+def _vision(case: Case, folder: str, tokenizer: Any) -> Vision | None:
+    return load_vision(folder, tokenizer) if case.trained.recipe.data.images else None
 
 
 def _tokenizer(folder: str) -> Any:
@@ -142,13 +176,17 @@ def _raw(trained: Trained) -> Iterator[Sample]:
     special = Renderer(load_tokenizer(trained.base)).special
     for number, source in enumerate(trained.recipe.data.train):
         rows = (
-            row
+            (row, ImageReader.of(file, trained.recipe.data.images))
             for file in sources.find_files(source)
             for chunk in sources.chunks_of(file, number)
             for row in sources.read_rows(chunk, columns_used(source))
         )
         labels = trained.labels
-        made = (to_sample(source, row.content, special, labels) for row in rows if isinstance(row.content, dict))
+        made = (
+            to_sample(source, row.content, special, labels=labels, images=images)
+            for row, images in rows
+            if isinstance(row.content, dict)
+        )
         yield from itertools.islice((one for one in made if not isinstance(one, Reject)), ROWS)
 
 

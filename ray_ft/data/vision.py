@@ -1,0 +1,114 @@
+"""What a model's processor makes of images: the tokens that stand for one, and the values that its tower is given.
+
+The processor's settings are those in the model's folder; images are scaled by PIL, which every machine has and which
+gives the same values on all of them. Limits: Gemma 3, each of whose images is a fixed number of tokens; no pan and
+scan.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ray_ft import paths
+from ray_ft.data.images import picture
+from ray_ft.errors import ModelError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
+
+
+@dataclass(frozen=True)
+class Vision:
+    """
+    Attributes:
+        mark: what the chat template writes for an image.
+        tokens: what stands in its place, as text: begin, soft tokens and end.
+        token_id: of a soft token, in whose place the image's embeddings are put.
+        processor: transformers' image processor.
+    """
+
+    mark: str
+    tokens: str
+    token_id: int
+    processor: Any
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what the tower is given."""
+        size = self.processor.size
+        return 3, size["height"], size["width"]
+
+    def pixels(self, files: Sequence[bytes]) -> np.ndarray:
+        """float32 [images, channels, height, width] of checked image files."""
+        if not files:
+            return np.zeros((0, *self.shape), np.float32)
+        made = self.processor([picture(file) for file in files], return_tensors="np", do_pan_and_scan=False)
+        return np.asarray(made["pixel_values"], np.float32)
+
+    def identity(self) -> dict[str, Any]:
+        """What prepared rows, and what is made of them, depend on."""
+        return {"tokens": self.tokens, "processor": {key: _plain(v) for key, v in self.processor.to_dict().items()}}
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool | type(None)) else repr(value)
+
+
+@lru_cache(maxsize=4)
+def load_vision(folder: str, tokenizer: PreTrainedTokenizerBase) -> Vision:
+    """Of a local model folder and its tokenizer, kept per process.
+
+    Raises:
+        ModelError: the model sees nothing, is of another family, or its processor's settings are not there.
+    """
+    from transformers import Gemma3ImageProcessorPil, Gemma3Processor
+
+    config = _settings(folder, "config.json")
+    if config.get("model_type") != "gemma3":
+        raise ModelError(
+            f"images are trained on with Gemma 3's vision-language models, and {folder!r} is a "
+            f"{config.get('model_type')!r}",
+            ["name one, such as google/gemma-3-4b-it", "data.images=null, to train on text"],
+        )
+    kept = _settings(folder, PROCESSOR)
+    own = kept.get("image_processor") or _settings(folder, PREPROCESSOR)
+    marks = [getattr(tokenizer, name, None) for name in ("boi_token", "eoi_token", "image_token")]
+    if not own or None in marks:
+        raise ModelError(
+            f"{folder!r} cannot prepare images: it lacks "
+            + (f"{PROCESSOR} or {PREPROCESSOR}" if not own else "the tokenizer's boi_token, eoi_token and image_token"),
+            [f"copy {PROCESSOR}, {PREPROCESSOR} and tokenizer_config.json of the published model into the folder"],
+        )
+    if own.get("do_pan_and_scan"):
+        raise ModelError(
+            f"{folder!r} cuts images into several (do_pan_and_scan), which is not done in training here",
+            [f"set do_pan_and_scan to false in its {PREPROCESSOR}"],
+        )
+    try:
+        processor = Gemma3ImageProcessorPil.from_dict(own)
+        length = int(kept.get("image_seq_length") or config.get("mm_tokens_per_image") or 256)
+        both = Gemma3Processor(processor, tokenizer, image_seq_length=length)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise ModelError(
+            f"{folder!r} cannot prepare images: {first_line(error)}", ["fetch the folder again"]
+        ) from error
+    if length != (config.get("mm_tokens_per_image") or 256):
+        raise ModelError(
+            f"{folder!r} contradicts itself: its processor gives an image {length} tokens, its config.json "
+            f"{config.get('mm_tokens_per_image')}",
+            ["fetch the folder again"],
+        )
+    return Vision(both.boi_token, both.full_image_sequence, int(tokenizer.image_token_id), processor)
+
+
+def _settings(folder: str, name: str) -> dict[str, Any]:
+    path = os.path.join(folder, name)
+    return dict(paths.read_json(path)) if os.path.exists(path) else {}
