@@ -117,7 +117,7 @@ def test_a_folder_with_an_at_sign_is_a_folder(tmp_path: Path) -> None:
 
 def test_the_revision_goes_with_the_model_not_its_name() -> None:
     assert base_name(f"org/name@{COMMIT}") == "name"
-    assert f'from_pretrained("org/name", revision="{COMMIT}")' in _usage("org/name", COMMIT, True)
+    assert f'from_pretrained("org/name", revision="{COMMIT}")' in _usage("org/name", COMMIT, adapter=True, labels=False)
 
 
 # ----------------------------------------------------------------------------------------------------------- code
