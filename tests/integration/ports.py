@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
-LOWEST = 15_000
+LOWEST = 20_000  # below: 10,002 to 19,999, which `ray start` keeps for its workers and takes no other port from
 
 
 def free_ports(count: int) -> list[int]:
