@@ -5,7 +5,7 @@ export VENV
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint format clean
+.PHONY: help venv quickstart test bench lint format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -21,6 +21,9 @@ quickstart: venv ## raw rows to a served model, on two cores
 test: lint ## everything that this machine allows
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 	$(BIN)/python -m pytest tests/integration tests/multihost
+
+bench: venv ## compare with peers, side by side (two hours on a quiet machine; ONLY="packing ingest": some of it)
+	$(BIN)/python -m benchmarks $(ONLY)
 
 lint: venv ## style, types and the direction of imports
 	$(BIN)/ruff check --output-format concise .

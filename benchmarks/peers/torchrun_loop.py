@@ -1,7 +1,7 @@
 """The peer of `launcher.py`: the same training as a plain torchrun script, with nothing of ray_ft in its loop.
 
 Reads the packed rows from a .npz file, in the order in which ray-ft trains them, and keeps them in memory.
-    torchrun --nproc-per-node 2 benchmarks/torchrun_loop.py SETTINGS.json
+    torchrun --nproc-per-node 2 benchmarks/peers/torchrun_loop.py SETTINGS.json
 """
 
 import json

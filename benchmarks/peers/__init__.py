@@ -1,0 +1,1 @@
+"""What ray-ft is compared with: programs of their own, with nothing of ray_ft in what is timed."""
