@@ -35,8 +35,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.multihost
-
 from ray_ft import recipe as recipes
 from ray_ft.data import stream
 from ray_ft.demo import PROMPT, write_demo
