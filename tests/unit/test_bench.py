@@ -55,9 +55,11 @@ def test_an_aim_is_for_the_median(aims: dict[str, float], reached: bool | None) 
 
 def test_a_result_that_does_not_say_its_conditions_is_refused() -> None:
     given = argparse.Namespace(pairs=1, to=None)
-    with pytest.raises(ValueError, match="x does not say its threads, padding"):
-        with recorded("x", "", {"data": "", "flops": "", "clipping": ""}, given):
-            raise AssertionError("it began all the same")
+    with (
+        pytest.raises(ValueError, match="x does not say its threads, padding"),
+        recorded("x", "", {"data": "", "flops": "", "clipping": ""}, given),
+    ):
+        raise AssertionError("it began all the same")
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
