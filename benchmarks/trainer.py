@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
 from benchmarks.pairs import interleaved, ratios, spread
 from benchmarks.peers import packages
@@ -122,7 +123,7 @@ def ours(setting: Setting, micro_batch: int, seed: int) -> dict[str, Any]:
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     took = time.time() - began
     rows = read_metrics(settings.run.dir)
-    job = prepare_job(settings, View(), stream.in_process)  # found prepared
+    job = prepare_job(settings, View(Console(quiet=True)), stream.in_process)  # found prepared
     tokens, targets = counted(job.order, len(rows))
     seconds = [row["step_seconds"] for row in rows]
     more = {"documents": job.train.counts.used, "packed_rows": job.train.counts.packed, "run": settings.run.dir.root}
