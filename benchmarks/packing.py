@@ -12,7 +12,6 @@ Limits: lengths are drawn, and words are one token each; both do not matter to p
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import statistics
@@ -20,13 +19,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.isolation import OURS, THEIRS, isolation
+from benchmarks.lengths import DISTRIBUTIONS, SAMPLES, TOKENS, drawn, fewest
 from benchmarks.pairs import interleaved, ratios, spread
 from benchmarks.peers import packages
 from benchmarks.result import Figure, Table, options, recorded
@@ -34,75 +34,12 @@ from ray_ft import demo, recipe
 from ray_ft.data import pack, stream
 from ray_ft.data.prepare import SEGMENT_TOKENS, prepare
 from ray_ft.data.render import Tokens
-from ray_ft.model.loss import documents
-from ray_ft.train.objective import tensors
 
-SAMPLES = 100_000  # of each distribution, at most
-TOKENS = 4_000_000  # of each distribution, at most: two segments
 SEQ_LENS = (256, 1024, 4096)
 TIMED = ("chat", 1024)  # distribution and seq_len whose packing is timed, with all SAMPLES
-OURS, THEIRS, AT_ONCE = "ray-ft", "TRL", "TRL, all at once"
+AT_ONCE = f"{THEIRS}, all at once"
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 WORDS = tuple(f"{a}{b}{c}" for a in "bdfgkl" for b in "aeiou" for c in ("n", "st", "rk", "nd", "ls"))  # 4.6 bytes each
-
-
-# ------------------------------------------------------------------------------------------------------------ lengths
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """A distribution of samples' tokens.
-
-    Attributes:
-        about: for people.
-        draw: lengths from (generator, how many, seq_len), still without bounds.
-        realistic: whether it counts in the mean; the others show what no packing can do.
-    """
-
-    about: str
-    draw: Callable[[np.random.Generator, int, int], np.ndarray]
-    realistic: bool = True
-
-
-def _lognormal(median: float, sigma: float) -> Callable[[np.random.Generator, int, int], np.ndarray]:
-    return lambda rng, count, seq_len: rng.lognormal(np.log(median), sigma, count)
-
-
-DISTRIBUTIONS = {
-    "demo": Lengths("normal, mean 33, deviation 7: the demo's", lambda rng, n, _: rng.normal(33, 7, n)),
-    "chat": Lengths("lognormal, median 200, σ 0.9", _lognormal(200, 0.9)),
-    "long tail": Lengths("lognormal, median 400, σ 1.5: many at seq_len", _lognormal(400, 1.5)),
-    "labels": Lengths("lognormal, median 24, σ 0.4", _lognormal(24, 0.4)),
-    "over half": Lengths("even from 0.5 to 1 × seq_len: no two share a row", lambda rng, n, s: rng.uniform(
-        0.5, 1, n) * s, realistic=False),
-}  # fmt: skip
-
-
-def drawn(name: str, seq_len: int, seed: int, samples: int = SAMPLES, tokens: int = TOKENS) -> np.ndarray:
-    """Lengths, int64: as many samples as both limits allow; longer ones are cut to seq_len, as both sides would."""
-    rng = np.random.default_rng(seed)
-    low = seq_len // 2 + 1 if name == "over half" else 4
-    found = np.clip(DISTRIBUTIONS[name].draw(rng, samples, seq_len).round().astype(np.int64), low, seq_len)
-    return found[: max(int(np.searchsorted(np.cumsum(found), tokens)), 1)]
-
-
-def fewest(lengths: np.ndarray, seq_len: int) -> int:
-    """Rows that any packing needs at least, without splitting a sample.
-
-    Martello and Toth's bound L2 (Knapsack Problems, 1990, section 8.3.2): samples longer than half a row need one each;
-    what of the others does not fit beside them needs more. With a limit of 0 it is at least ⌈tokens ÷ seq_len⌉.
-    """
-    counts = np.bincount(lengths, minlength=seq_len + 1)
-    number, total = np.cumsum(counts), np.cumsum(counts * np.arange(seq_len + 1))
-    half = seq_len // 2
-    best = 0
-    for limit in range(half + 1):  # samples shorter than it are left out
-        alone = number[-1] - number[seq_len - limit]  # beside these not even one of `limit` fits
-        large = number[seq_len - limit] - number[half]
-        room = large * seq_len - (total[seq_len - limit] - total[half])
-        small = total[half] - (total[limit - 1] if limit else 0)
-        best = max(best, int(alone + large + max(0, -(-(small - room) // seq_len))))
-    return best
 
 
 # ------------------------------------------------------------------------------------------------------------ packing
@@ -199,90 +136,6 @@ def timed(pairs: int) -> list[dict[str, float]]:
         THEIRS: lambda _: seconds(lambda: trl_pack.packed(theirs, seq_len)),
     }
     return interleaved(arms, pairs, show=lambda pair: f"{pair[OURS]:.2f} and {pair[THEIRS]:.2f} s to pack")
-
-
-# --------------------------------------------------------------------------------------------------------- isolation
-
-
-def seeing(logits: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor, spans: Sequence[slice]) -> int:
-    """How many documents see another: whose logits are not the same bits once all tokens of that other one changed.
-
-    Args:
-        logits: [tokens, vocabulary] of ids, int64 [tokens].
-        spans: of the documents.
-
-    Raises:
-        ValueError: the logits of the same ids are not the same, so that nothing can be told.
-    """
-    before = logits(ids)
-    if not torch.equal(before, logits(ids)):
-        raise ValueError("two passes over the same tokens differ: what a document sees cannot be told from bits")
-    found = set()
-    for changed in spans:
-        others = ids.clone()
-        others[changed] = (others[changed] + 7) % before.shape[-1]
-        after = logits(others)
-        assert not torch.equal(before[changed], after[changed])
-        found |= {at for at, one in enumerate(spans) if one != changed and not torch.equal(before[one], after[one])}
-    return len(found)
-
-
-def isolation(base: str, seq_len: int = 128, count: int = 24) -> dict[str, tuple[int, int]]:
-    """(documents that see another, documents) in packed rows of each side, by implementation of attention."""
-    from transformers import AutoModelForCausalLM
-
-    from benchmarks.peers import trl_pack
-
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(5, 60, count)
-    samples = [Tokens(rng.integers(6, 500, n, dtype=np.int32), np.ones(n, bool)) for n in lengths]
-    rows, _ = pack.pack(samples, seq_len, packing=True, pad_id=0)
-    theirs = trl_pack.packed(trl_pack.dataset(np.concatenate([one.ids for one in samples]), lengths), seq_len)
-    found = {}
-    for attention in ("sdpa", "eager"):
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation=attention).eval()
-        with torch.no_grad():
-            found[f"{OURS}, {attention}"] = seeing(_ours(model, rows), *_documents(rows)), count
-            given = trl_pack.batch(theirs, 0)
-            spans = _spans(given["position_ids"][0].numpy())
-            ids = given["input_ids"][0]
-            found[f"{THEIRS}, {attention}"] = seeing(_theirs(model, given), ids, spans), count
-            if attention == "sdpa":  # that the check finds what it looks for
-                plain = lambda ids, model=model: model(ids[None], use_cache=False).logits[0]  # noqa: E731
-                found["control: positions that run on"] = seeing(plain, ids, spans), count
-    return found
-
-
-def _documents(rows: pack.Rows) -> tuple[torch.Tensor, list[slice]]:
-    """All tokens of some rows, one row after the other, and where real documents lie among them."""
-    flags = rows.flags.reshape(-1)
-    spans = [one for one in _spans(pack.position_ids(rows.flags).reshape(-1)) if flags[one.start] & pack.REAL]
-    return torch.from_numpy(rows.input_ids.reshape(-1).astype(np.int64)), spans
-
-
-def _spans(positions: np.ndarray) -> list[slice]:
-    edges = [*np.flatnonzero(positions == 0).tolist(), len(positions)]
-    return [slice(*pair) for pair in itertools.pairwise(edges)]
-
-
-def _ours(model: Any, rows: pack.Rows) -> Callable[[torch.Tensor], torch.Tensor]:
-    """As `ray_ft.model.loss.LossModel` calls the model."""
-    _, positions, _ = tensors(rows, torch.device("cpu"))
-    width = rows.flags.shape[1]
-
-    def logits(ids: torch.Tensor) -> torch.Tensor:
-        given = ids.view(-1, width)[:, : positions.shape[1]]
-        hidden = model.get_decoder()(input_ids=given, use_cache=False, **documents(model, positions)).last_hidden_state
-        return model.get_output_embeddings()(hidden).flatten(0, 1)
-
-    assert positions.shape[1] == width, "these rows are full enough that no column is left out"
-    return logits
-
-
-def _theirs(model: Any, given: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
-    from benchmarks.peers import trl_pack
-
-    return lambda ids: trl_pack.logits(model, given, ids[None])[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- the whole

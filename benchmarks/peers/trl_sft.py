@@ -11,9 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from datasets import Dataset, concatenate_datasets
 from transformers import PrinterCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
 
 
 class Clock(TrainerCallback):
@@ -47,7 +45,9 @@ class Counted:
         return batch
 
 
-def raw(files: list[str]) -> Dataset:
+def raw(files: list[str]):
+    from datasets import Dataset, concatenate_datasets
+
     readers = {".parquet": Dataset.from_parquet}
     return concatenate_datasets([readers.get(Path(file).suffix, Dataset.from_json)(file) for file in files])
 
@@ -67,6 +67,8 @@ def per_step(counts: list[int], size: int, steps: int) -> list[int]:
 
 
 def main() -> None:
+    from trl import SFTConfig, SFTTrainer
+
     settings = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(settings["threads"])
     rows = raw(settings["files"])
