@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SAMPLES = 100_000  # of each distribution, at most
-TOKENS = 4_000_000  # of each distribution, at most: two segments of ray-ft's preparation
+TOKENS = 2_500_000  # of each distribution, at most: two chunks of ray-ft's preparation, packed one by one
 SHORTEST = 4
 
 
