@@ -228,13 +228,14 @@ def scanned(setting: Setting) -> dict[str, dict[int, float]]:
 
 def conditions(given: argparse.Namespace) -> dict[str, str]:
     return {
-        "data": f"{given.rows:,} raw rows of the demo (number words), each once, in rows of {SEQ_LEN} tokens",
+        "data": f"{given.rows:,} raw rows of the demo (number words), each once, in rows of {SEQ_LEN} tokens, "
+        "the pair's number as seed of their order",
         "threads": f"{given.threads} in one process on each side",
         "flops": "not counted: tokens that are no padding, and of these the targets, by the seconds of all steps after "
         f"the first {WARM_UP}",
         "clipping": "global norm 1.0 on both sides",
         "padding": "not counted; TRL's rows have none, ray-ft's share of it is in the table",
-        "training": f"float32, Gemma 3 of {given.layers} layers and width {given.hidden_size}, batches of "
+        "training": f"float32, sdpa, Gemma 3 of {given.layers} layers and width {given.hidden_size}, batches of "
         f"{GLOBAL_BATCH} rows, fused AdamW, betas 0.9 and 0.95, eps 1e-8, no decay, constant {LR:g}; "
         "every step logged, nothing evaluated or saved while the clock runs",
         "ray-ft": "train.workers: 0",
@@ -272,8 +273,6 @@ def main() -> None:
             return run
 
         pairs = interleaved({name: arm(name) for name in SIDES}, given.pairs, warm_up=0, show=_line)
-        for pair in pairs:
-            check_alike(pair)
         result.figures = figures(pairs)
         result.tables = tables(pairs, scan, best)
         result.raw = {"pairs": pairs, "scan": scan, "micro_batch": best}
@@ -286,6 +285,7 @@ def _held_out(made: demo.DemoPaths) -> list[dict[str, str]]:
 
 
 def _line(pair: dict[str, Any]) -> str:
+    check_alike(pair)
     one, other = pair[OURS], pair[THEIRS]
     return (
         f"{one['rate']:,.0f} and {other['rate']:,.0f} tokens/s, ratio {one['rate'] / other['rate']:.3f}; "
