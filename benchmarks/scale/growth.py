@@ -86,7 +86,9 @@ def exponent(below: tuple[float, float], above: tuple[float, float]) -> float:
     return math.log(max(more, 1e-9) / max(less, 1e-9)) / math.log(large / small)
 
 
-def measured(sizes: Sequence[int], run: Callable[[int], Mapping[str, float]], repeat: int) -> dict[str, dict[int, list[float]]]:
+def measured(
+    sizes: Sequence[int], run: Callable[[int], Mapping[str, float]], repeat: int
+) -> dict[str, dict[int, list[float]]]:
     """What `run` says of each size, by its names: name → size → values. The first call of all is a warm-up of the
     smallest size; a size that took longer than `PATIENCE` is run once."""
     run(min(sizes))
