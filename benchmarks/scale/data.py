@@ -132,10 +132,8 @@ def _prepared(driver: Driver, scratch: Path, base: str, rows: int) -> dict[str, 
 
 def named_only(rows: int, sources_: int = 1) -> Prepared:
     """An index of `rows` packed rows in units as they are made, without any row."""
-    units, chunk = [], 0
-    for start in range(0, rows, UNIT):
-        units.append(Unit(chunk, 0, min(UNIT, rows - start), chunk % sources_))
-        chunk += 1
+    starts = enumerate(range(0, rows, UNIT))
+    units = [Unit(chunk, 0, min(UNIT, rows - start), chunk % sources_) for chunk, start in starts]
     counts = Counts(rows=rows, used=rows, packed=rows, tokens=rows * SEQ_LEN)
     return Prepared("", SEQ_LEN, counts, tuple(units), tuple(Origin("rows.jsonl", 0) for _ in units))
 

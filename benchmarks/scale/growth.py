@@ -33,6 +33,7 @@ class Series:
         unit: of the values: "s", "MiB", "requests".
         due: the exponent that it should have at most: 1 where each piece of work costs, 0 where none should.
         values: size → what was measured, once for each repetition.
+        floor: values below it count as it: what cannot be told from nothing does not grow.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Series:
     unit: str
     due: float
     values: Mapping[int, Sequence[float]]
+    floor: float = 1e-9
 
     @property
     def exponents(self) -> list[float]:
@@ -50,7 +52,8 @@ class Series:
         """
         if len(self.values) < 2:
             raise ValueError(f"{self.name}: an exponent takes two sizes, there are {len(self.values)}")
-        return [exponent(below, above) for below, above in self._pairs()]
+        floor = self.floor
+        return [exponent((n, max(less, floor)), (m, max(more, floor))) for (n, less), (m, more) in self._pairs()]
 
     def _pairs(self) -> list[tuple[tuple[int, float], tuple[int, float]]]:
         low, high = sorted(self.values)[-2:]
@@ -81,9 +84,9 @@ class Series:
 
 
 def exponent(below: tuple[float, float], above: tuple[float, float]) -> float:
-    """The slope between two (size, cost) on logarithmic axes. Costs under a billionth count as one: nothing is free."""
+    """The slope between two (size, cost) on logarithmic axes; both costs are above 0."""
     (small, less), (large, more) = below, above
-    return math.log(max(more, 1e-9) / max(less, 1e-9)) / math.log(large / small)
+    return math.log(more / less) / math.log(large / small)
 
 
 def measured(
