@@ -36,7 +36,7 @@ GLOBAL_BATCH = 16
 
 def job(scratch: str, base: str, rows: str, workers: int, name: str, steps: int = STEPS) -> worker.Job:
     """The run of `name`, whose data is prepared."""
-    source = {"path": [rows], "format": "translation", "source_lang_code": "en", "target_lang_code": "fr"}
+    source = {"path": [rows], "format": "text"}
     one = recipe.parse(
         {
             "run": {"name": name, "storage": os.path.join(scratch, "runs")},

@@ -84,7 +84,7 @@ def _prepared(scratch: Path, model: str, spread: Any, base: float) -> dict[str, 
     began = time.perf_counter()
     prepare.prepare(one, "train", model, stream.in_process)
     again = time.perf_counter() - began
-    return {"seconds": seconds, "again": again, "mib": max(peak - base, 0.01), "rows": made.counts.rows}
+    return {"seconds": seconds, "again": again, "mib": max(peak - base, 0.01), "rows": made.counts.used}
 
 
 def _apply(pair: tuple[Callable[[Any], Any], Any]) -> Any:

@@ -12,7 +12,7 @@ SEQ_LEN = 256
 
 
 def write_rows(folder: Path, files: int, rows: int, ending: str = ".jsonl") -> None:
-    """`rows` short translations, evenly in `files` files; the same rows whatever the number of files."""
+    """`rows` short texts, evenly in `files` files; the same rows whatever the number of files."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -20,7 +20,7 @@ def write_rows(folder: Path, files: int, rows: int, ending: str = ".jsonl") -> N
     folder.mkdir(parents=True)
     for number in range(files):
         part = range(rows * number // files, rows * (number + 1) // files)
-        made = [{"source_text": f"{at} and {at % 977}", "target_text": f"{at % 89} et {at % 97}"} for at in part]
+        made = [{"text": f"{at} and {at % 977}: {at % 89} et {at % 97}"} for at in part]
         target = folder / f"part-{number:05d}{ending}"
         if ending == ".parquet":
             pq.write_table(pa.Table.from_pylist(made), target)
@@ -30,7 +30,7 @@ def write_rows(folder: Path, files: int, rows: int, ending: str = ".jsonl") -> N
 
 def settings(folder: Path, base: str, where: str) -> recipe.Recipe:
     """A recipe over the files of a folder, a glob or a URI."""
-    source = {"path": [where], "format": "translation", "source_lang_code": "en", "target_lang_code": "fr"}
+    source = {"path": [where], "format": "text"}
     content = {
         "run": {"name": "scale", "storage": str(folder / "runs")},
         "model": {"path": base},

@@ -1,7 +1,7 @@
 """Sweeps as they grow in trials, without training: Ray Tune's part is played by a loop that tells the same things.
 
-Each trial reports at every rung, falls or rises by its settings, and is paused, stopped and finished by the scheduler of
-the product; the journal, the table and the limits are the product's too. What is timed is all of it.
+Each trial reports a loss that falls, the lower the better its settings, and is paused, stopped and finished by the
+product's scheduler; the journal and the table are the product's too. What is timed is all of it.
 """
 
 from __future__ import annotations
