@@ -48,7 +48,7 @@ def test_what_cannot_be_told_from_nothing_does_not_grow() -> None:
 
 
 def test_sizes_that_take_long_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 1000))
+    clock = iter(range(1000))
     now = [0.0]
     monkeypatch.setattr(growth.time, "perf_counter", lambda: now[0])
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_ft.data import identity
+from ray_ft import paths
+from ray_ft.data import identity, parquet, prepare, sources
 from ray_ft.data.counts import Counts
+from ray_ft.data.files import File
 from ray_ft.data.order import Order, Part
 from ray_ft.data.prepared import Prepared, Unit
+from ray_ft.data.sources import Chunk
+from ray_ft.demo import DemoPaths
+from ray_ft.errors import DataError
+from ray_ft.recipe import Recipe
+from ray_ft.report import reading
 from ray_ft.span import Span
 from ray_ft.train import checkpoint, shards
 from ray_ft.tune.rungs import Rungs
@@ -198,3 +207,94 @@ def test_rungs_that_remember_decide_as_those_that_count_anew(seed: int) -> None:
         standing[number] += (what < 0.6) / 16
         verdicts = [[rungs.verdict(one) for one in range(count)] for rungs in both]
         assert verdicts[0] == verdicts[1]
+
+
+# -------------------------------------------------------------------------------------------------------- many files
+
+
+def chunks_of(sizes: list[int]) -> list[Chunk]:
+    files = [File(f"part-{at}.jsonl", "jsonl", None, size, "1-1") for at, size in enumerate(sizes)]
+    return [chunk for file in files for chunk in sources.chunks_of(file, 0)]
+
+
+@given(st.lists(st.sampled_from([10, 1000, sources.CHUNK_BYTES, 3 * sources.CHUNK_BYTES]), max_size=60))
+def test_small_neighbours_are_one_tasks_and_keep_numbers_and_order(sizes: list[int]) -> None:
+    chunks = chunks_of(sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "TASKS", 8)
+        groups = prepare._grouped(chunks)
+    assert [pair for group in groups for pair in group] == list(enumerate(chunks))
+    for group in groups:
+        assert len(group) <= max(len(chunks) // 8, 1)
+        assert len(group) == 1 or sum(chunk.stop - chunk.start for _, chunk in group) <= sources.CHUNK_BYTES
+
+
+def test_up_to_a_number_of_chunks_each_has_a_task_of_its_own() -> None:
+    assert {len(group) for group in prepare._grouped(chunks_of([10] * prepare.TASKS))} == {1}
+    assert len(prepare._grouped(chunks_of([10] * 10_000))) <= 2 * prepare.TASKS
+
+
+def test_rows_prepared_by_few_tasks_are_those_of_a_task_for_each_file(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, demo: DemoPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for at in range(12):
+        lines = [json.dumps({"text": f"row {at} {line}"}) for line in range(1 + at % 3)] + ["not JSON"] * (at % 2)
+        (folder / f"{at:02d}.jsonl").write_text("\n".join(lines) + "\n")
+    tasks: list[int] = []
+
+    def spread(function: Callable[[Any], Any], items: Any) -> Any:
+        tasks.append(len(items))
+        return map(function, items)
+
+    found = []
+    for number, most in enumerate((prepare.TASKS, 3)):
+        monkeypatch.setattr(prepare, "TASKS", most)
+        recipe = make_recipe(f"run.storage={tmp_path}/runs-{number}", sources=[{"format": "text", "path": str(folder)}])
+        made = prepare.prepare(recipe, "train", demo.base, spread)
+        files = sorted(file for file in Path(made.location).rglob("*") if file.is_file())
+        found.append({file.relative_to(made.location): file.read_bytes() for file in files})
+    assert tasks == [12, 3]
+    assert found[0] == found[1]
+
+
+def test_a_parquet_file_is_opened_once_for_columns_and_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = []
+    for at in range(20):
+        where = tmp_path / f"{at}.parquet"
+        pq.write_table(pa.table({"text": [f"row {at}"]}), where)
+        files.append(File(str(where), "parquet", None, where.stat().st_size, f"{where.stat().st_mtime_ns}"))
+    (tmp_path / "bad.parquet").write_bytes(b"none")
+    bad = File(str(tmp_path / "bad.parquet"), "parquet", None, 4, "4-1")
+    opened: list[str] = []
+    real = parquet._open
+    monkeypatch.setattr(parquet, "_open", lambda file: opened.append(file.uri) or real(file))
+    parquet.read_footers([*files, bad])  # what it does not say is said below
+    assert [parquet.parquet_columns(file) for file in files] == [["text"]] * 20
+    assert all(len(parquet.row_group_bytes(file)) == 1 for file in files)
+    assert sorted(opened) == sorted(file.uri for file in [*files, bad])
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        parquet.parquet_columns(bad)
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def test_names_of_columns_are_looked_through_for_credentials_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = "s3://key:secretsecret@bucket/run"
+    record = reading.Record(paths.RunDir(uri), [uri], {}, "", None)
+    asked: list[str] = []
+    real = reading.without_secrets
+    monkeypatch.setattr(reading, "without_secrets", lambda text, one: asked.append(text) or real(text, one))
+    rows = [record.clean({"step": step, "loss": 1.0, "said": f"at {uri}"}) for step in range(50)]
+    assert rows[0] == rows[-1] | {"step": 0} == {"step": 0, "loss": 1.0, "said": "at s3://bucket/run"}
+    assert sorted(asked) == sorted(["step", "loss", "said", f"at {uri}"])
+    long = f"{uri} " * 9
+    assert "secretsecret" not in record.clean(long)
+    assert long not in record._cleaned
