@@ -62,6 +62,7 @@ class Costs:
         start: seconds that they add to a start.
         commit, restore: seconds for each run (a tensor's piece on a worker) of a checkpoint's index: of rank 0, which
             commits, and of each worker, which looks for its own.
+        requests: to storage, one after the other, of rank 0's commit.
     """
 
     data: Linear
@@ -69,6 +70,7 @@ class Costs:
     start: Linear
     commit: float
     restore: float
+    requests: Linear
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Estimate:
         step: of computing and sending alone, as planned.
         best, worst: the same with overheads, beside each other and in a row.
         start: Ray's own part of a start, in a row.
-        runs: in a checkpoint's index. commit, restore: see `Costs`.
+        runs: in a checkpoint's index. commit, restore, requests: see `Costs`.
     """
 
     workers: int
@@ -90,6 +92,7 @@ class Estimate:
     runs: int
     commit: float
     restore: float
+    requests: float
 
 
 def extrapolate(costs: Costs, workers: int, step: float, tensors: int) -> Estimate:
@@ -121,6 +124,7 @@ def extrapolate(costs: Costs, workers: int, step: float, tensors: int) -> Estima
         runs,
         costs.commit * runs,
         costs.restore * runs,
+        costs.requests.in_a_row(workers),
     )
 
 
@@ -139,6 +143,7 @@ def costs_of(series: Sequence[Series], tensors_in_shards: int) -> Costs:
         Linear(start.fixed + rows.fixed, start.each + rows.each),
         max(named["checkpoint of many workers, committing"].per_unit / tensors_in_shards, 0.0),
         max(named["checkpoint of many workers, restoring one worker's part"].per_unit / tensors_in_shards, 0.0),
+        Linear.of(named["checkpoint of many workers, requests of a commit"]),
     )
 
 
@@ -185,12 +190,13 @@ def tables(costs: Costs, planned: Mapping[tuple[int, str], Plan]) -> list[Table]
                 number(found.start),
                 f"{found.runs:,}",
                 f"{number(found.commit)} and {number(found.restore)}",
+                f"{found.requests:,.0f}",
             )
         )
     columns = (
         "GPUs, layout", "computing [s]", "sending [s]", "step as planned [s]", "step with overheads [s]", "tokens/s",
         "of 8 GPUs' rate each", "Ray's part of a start, in a row [s]", "runs in a checkpoint's index",
-        "index: rank 0 to commit, each to restore [s]",
+        "index: rank 0 to commit, each to restore [s]", "requests of a commit",
     )  # fmt: skip
     measured = [
         (name, number(1000 * one.fixed), number(1000 * one.each))

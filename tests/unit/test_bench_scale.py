@@ -94,6 +94,8 @@ def test_checkpoints_of_any_size_are_whole_and_only_their_number_grows(tmp_path:
     assert requests.exponents == [0.0]
     by_shards = checkpoints.by_shards(str(tmp_path / "c"), 1, (1, 3))
     assert [one.of for one in by_shards] == ["workers"] * 3
+    requests = by_shards[-1].values
+    assert requests[3][0] - requests[1][0] == 2 * 2  # the part of each further worker is read and deleted
 
 
 def test_an_index_without_rows_gives_an_order_over_all_of_them() -> None:
@@ -172,7 +174,7 @@ def test_a_line_is_fixed_and_each_and_noise_below_nothing_is_nothing() -> None:
 
 
 def costs(data_each: float = 0.001, control_each: float = 0.0001) -> Costs:
-    return Costs(Linear(0.01, data_each), Linear(0.002, control_each), Linear(10.0, 0.5), 1e-6, 2e-6)
+    return Costs(Linear(0.01, data_each), Linear(0.002, control_each), Linear(10.0, 0.5), 1e-6, 2e-6, Linear(5, 2))
 
 
 def test_ray_data_is_hidden_by_the_step_and_control_is_not() -> None:
@@ -180,6 +182,7 @@ def test_ray_data_is_hidden_by_the_step_and_control_is_not() -> None:
     assert found.best == pytest.approx(1.0 + 0.0021)
     assert found.worst == pytest.approx(1.0 + 0.002 + 64 * 0.0001)
     assert found.start == pytest.approx(42.0)
+    assert found.requests == pytest.approx(133)
     assert (found.runs, found.commit, found.restore) == (128_000, pytest.approx(0.128), pytest.approx(0.256))
 
 
@@ -202,7 +205,7 @@ def test_the_table_has_a_row_for_each_fleet_and_rates_against_the_first() -> Non
         parameters = [SimpleNamespace(trained=True)] * 4 + [SimpleNamespace(trained=False)]
         return SimpleNamespace(speed=speed, recipe=recipe, shapes=SimpleNamespace(parameters=parameters))
 
-    free = Costs(Linear(0, 0), Linear(0, 0), Linear(1, 0), 0, 0)
+    free = Costs(Linear(0, 0), Linear(0, 0), Linear(1, 0), 0, 0, Linear(5, 2))
     table, measured = extrapolate.tables(free, {(8, "shards over all"): plan(1.0), (64, "shards over all"): plan(2.0)})
     cells = dict(zip(table.columns, table.rows[1], strict=True))
     assert cells["of 8 GPUs' rate each"] == "50% to 50%"
@@ -213,7 +216,8 @@ def test_the_table_has_a_row_for_each_fleet_and_rates_against_the_first() -> Non
 
 def test_costs_are_found_among_the_series_that_are_measured() -> None:
     names = [one.name for one in workers.series_of({count: [] for count in (1, 2)})]
-    names += ["checkpoint of many workers, committing", "checkpoint of many workers, restoring one worker's part"]
+    more = ("committing", "restoring one worker's part", "requests of a commit")
+    names += [f"checkpoint of many workers, {name}" for name in more]
     found = extrapolate.costs_of([Series(name, "workers", "s", 1, {1: [1.0], 2: [3.0]}) for name in names], 10)
     assert found.control == found.data == Linear(0.0, pytest.approx(2.0))
     assert found.start.each == pytest.approx(4.0)
