@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +13,8 @@ from typing import Any
 import pytest
 
 from benchmarks import page as pages
-from benchmarks.result import Figure, Result, Table
+from benchmarks.result import Figure, Result, Table, read
+from benchmarks.scale import __main__ as main
 from benchmarks.scale import arms, checkpoints, data, extrapolate, growth, page, reports, sweeps, workers
 from benchmarks.scale.extrapolate import Costs, Linear
 from benchmarks.scale.files import write_rows
@@ -247,3 +251,41 @@ def test_the_files_of_the_benchmark_are_found_by_the_product(tmp_path: Path, dem
     found = checks.all_files(wanted)
     checks.check_before(wanted, found, has_template=True)
     assert len([chunk for number, file in found for chunk in sources.chunks_of(file, number)]) == 3
+
+
+def test_every_number_of_workers_is_measured_in_every_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    played: list[tuple[str, int]] = []
+
+    def found(count: int, way: str) -> dict[str, Any]:
+        played.append((way, count))
+        seconds = {"plain": 0.1, "control": 0.2, "whole": 0.4}[way] * count
+        row = {"step_seconds": seconds, "data_wait_share": 0.0, "memory_gib": 0.5}
+        return {"first": seconds, "rows": [row] * (workers.WARM_UP + 1)}
+
+    monkeypatch.setattr("ray_ft.session.connected", contextlib.nullcontext)
+    monkeypatch.setattr(arms, "job", lambda scratch, base, rows, count, name: count)
+    monkeypatch.setattr(arms, "plain", lambda job, scratch: found(job, "plain"))
+    monkeypatch.setattr(arms, "with_ray", found)
+    made = json.loads(json.dumps(workers._measure(tmp_path, "base", (1, 2), 2)))
+    assert sorted(set(played)) == sorted((way, count) for way in arms.WAYS for count in (1, 2))
+    series_ = {one.name: one for one in workers.series_of({int(count): runs for count, runs in made.items()})}
+    assert series_["Ray Data, more of a step"].values == {1: pytest.approx([0.2] * 2), 2: pytest.approx([0.4] * 2)}
+    assert series_["Ray's control, more of a step"].exponents == pytest.approx([1.0, 1.0])
+
+
+def test_a_run_writes_its_result_and_makes_the_page_only_where_all_parts_ran(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fast, slow = series({1: [1.0], 10: [10.0]}), series({1: [1.0], 10: [100.0]})
+    parts = {"checkpoints": ("C", lambda *_: [fast]), "reports": ("R", lambda *_: [slow])}
+    monkeypatch.setattr(main, "PARTS", parts)
+    written: list[Result] = []
+    monkeypatch.setattr(page, "write", written.append)
+    for only in (["reports"], ["checkpoints", "reports"]):
+        to = tmp_path / "scale.json"
+        monkeypatch.setattr(sys, "argv", ["scale", "--only", *only, "--to", str(to)])
+        main.main()
+        result = read(to)
+        assert [figure.reached for figure in result.figures][-1] is False
+        assert [table.title for table in result.tables] == [parts[name][0] for name in only]
+        assert len(written) == (len(only) == 2)
