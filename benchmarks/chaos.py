@@ -1,6 +1,6 @@
 """A run that is killed at random against one that nobody disturbs: a table of promises kept.
 
-    python benchmarks/chaos.py --seed 1 [--kills 5] [--mode fsdp|elastic|zero3] [--hosts 2] [--local]
+    python -m benchmarks.chaos --seed 1 [--kills 5] [--mode fsdp|elastic|zero3] [--hosts 2] [--local]
 
 Trains the demo twice, with a worker on each of several hosts (tests/multihost/testbed.py): once in peace, once with
 faults. The seed draws the kind of each fault, its victim and its step: a worker is killed (SIGKILL) or hangs (SIGSTOP),
@@ -34,8 +34,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.multihost
 
 from ray_ft import recipe as recipes
 from ray_ft.data import stream

@@ -1,77 +1,90 @@
-"""tokens/s through `ray-ft train` against the same model and rows in a plain torchrun FSDP2 loop.
+"""`ray-ft train` against the same model and rows in a plain torchrun FSDP2 loop: tokens/s, seconds to the first step.
 
-    python benchmarks/launcher.py [--pairs 8] [--steps 40]
+    python -m benchmarks.launcher [--pairs 8] [--steps 40] [--to FILE]
 
-Real data (the demo), two workers, float32 on CPU, one thread each, clipping at 1.0, no evaluation and no checkpoint
-within the timed steps. Both count real tokens only. Rates are over the steps after the first `WARMUP`; the seconds from
-the command to the first step are compared as well.
+Two workers, float32, no evaluation and no checkpoint within the timed steps. Both count real tokens only. Rates are
+over the steps after the first `WARMUP`. The first step is timed from the command on: "cold" starts a Ray of its own for
+the run, "warm" joins one that stands, as on a cluster. Rows are prepared before any of them is timed.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ray_ft import demo, recipe
+from benchmarks.pairs import PAIRS, differences, interleaved, ratios
+from benchmarks.result import Figure, options, recorded
+from ray_ft import demo, recipe, session
 from ray_ft.data import pack, stream
 from ray_ft.data.order import Order
 from ray_ft.train.launch import prepare_job
 from ray_ft.train.metrics import read_metrics
 from ray_ft.view import View
 
-HERE = Path(__file__).parent
+LOOP = Path(__file__).parent / "peers" / "torchrun_loop.py"
 WARMUP = 10  # steps before the clock counts: allocators and caches settle
 WORKERS = 2
+CONDITIONS = {
+    "data": "the demo's rows, packed to 256 tokens before the clock starts",
+    "threads": "1 for each of 2 workers",
+    "flops": "none counted",
+    "clipping": "1.0, both",
+    "padding": "not counted",
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=8)
+    parser = options(__doc__, PAIRS)
     parser.add_argument("--steps", type=int, default=40)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="ray_ft_bench_") as scratch:
+    given = parser.parse_args()
+    about = "A: ray-ft train (Ray Train workers fed by Ray Data). B: the same model and rows in a plain torchrun loop."
+    with (
+        tempfile.TemporaryDirectory(prefix="ray_ft_bench_") as scratch,
+        recorded("launcher", about, CONDITIONS, given) as result,
+    ):
         made = demo.write_demo(os.path.join(scratch, "demo"))
-        pairs = []
-        for number in range(options.pairs):
-            ours = _ray_ft(made, scratch, options.steps, number)
-            theirs = _torchrun(made, scratch, options.steps)
-            worst = max(abs(a - b) / b for a, b in zip(ours["losses"], theirs["losses"], strict=True))
-            pairs.append({"ray_ft": ours, "torchrun": theirs, "loss_difference": worst})
-            print(
-                f"pair {number + 1}: ray-ft {ours['rate']:,.0f} tokens/s, torchrun {theirs['rate']:,.0f}, ratio "
-                f"{ours['rate'] / theirs['rate']:.3f}; first step {ours['first']:.1f} s, {theirs['first']:.1f} s; "
-                f"losses differ by at most {worst:.1e}",
-                flush=True,
-            )
-    _summarise(pairs)
+        before = dict(os.environ)
+        with session.ray_running("", session.OBJECT_STORE_BYTES):
+            import ray
+
+            address = ray.get_runtime_context().gcs_address
+            arms = {
+                "cold": partial(_ray_ft, made, scratch, given.steps, before),
+                "torchrun": partial(_torchrun, made, scratch, given.steps, before),
+                "warm": partial(_ray_ft, made, scratch, given.steps, {**os.environ, "RAY_ADDRESS": address}),
+            }
+            pairs = interleaved(arms, given.pairs, warm_up=1, show=_line)
+        worst = [
+            max(abs(a - b) / b for a, b in zip(pair["cold"]["losses"], pair["torchrun"]["losses"], strict=True))
+            for pair in pairs
+        ]
+        result.figures += [
+            Figure("tokens/s, ray-ft ÷ torchrun", ratios(pairs, "cold", "torchrun", "rate"), at_least=0.97),
+            Figure("the same on a Ray that stands", ratios(pairs, "warm", "torchrun", "rate"), at_least=0.97),
+            _seconds("first step, ray-ft − torchrun, cold", differences(pairs, "cold", "torchrun", "first"), 8),
+            _seconds("first step, ray-ft − torchrun, warm", differences(pairs, "warm", "torchrun", "first"), 2),
+            _seconds("first step, torchrun", [pair["torchrun"]["first"] for pair in pairs]),
+            Figure("largest relative difference of a step's loss", worst, form="{:.1e}"),
+        ]
+        result.raw = pairs
 
 
-def _summarise(pairs: list[dict[str, Any]]) -> None:
-    ratios = sorted(pair["ray_ft"]["rate"] / pair["torchrun"]["rate"] for pair in pairs)
-    extra = sorted(pair["ray_ft"]["first"] - pair["torchrun"]["first"] for pair in pairs)
-    import ray
-    import torch
-    import transformers
+def _seconds(name: str, values: list[float], at_most: float | None = None) -> Figure:
+    return Figure(name, values, unit="s", at_most=at_most, form="{:.1f}")
 
-    print(f"tokens/s ray-ft ÷ torchrun: median {statistics.median(ratios):.3f} ({ratios[0]:.3f} … {ratios[-1]:.3f})")
-    middle = statistics.median(extra)
-    print(f"seconds to the first step, ray-ft − torchrun: median {middle:.1f} ({extra[0]:.1f} … {extra[-1]:.1f})")
-    print(
-        f"{len(pairs)} pairs; {WORKERS} workers × 1 thread on {os.cpu_count()} cores; "
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"ray {ray.__version__}; real data, clipping 1.0"
-    )
+
+def _line(pair: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {one['rate']:,.0f} tokens/s, first {one['first']:.1f} s" for name, one in pair.items())
 
 
 def _settings(made: demo.DemoPaths, scratch: str, steps: int, name: str) -> recipe.Recipe:
@@ -95,14 +108,15 @@ def _settings(made: demo.DemoPaths, scratch: str, steps: int, name: str) -> reci
     )
 
 
-def _ray_ft(made: demo.DemoPaths, scratch: str, steps: int, number: int) -> dict[str, Any]:
-    settings = _settings(made, scratch, steps, f"pair-{number}")
+def _ray_ft(made: demo.DemoPaths, scratch: str, steps: int, env: Mapping[str, str], number: int) -> dict[str, Any]:
+    where = "warm" if env.get("RAY_ADDRESS") else "cold"
+    settings = _settings(made, scratch, steps, f"{where}-{number + 1}")
     path = os.path.join(scratch, "recipe.yaml")
     Path(path).write_text(settings.to_yaml())
     # Rows are prepared before either is timed, so that both start from packed rows.
     job = prepare_job(settings, View(), stream.in_process)
     began = time.time()
-    process = subprocess.Popen([sys.executable, "-m", "ray_ft", "train", path], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "ray_ft", "train", path], stdout=subprocess.DEVNULL, env=env)
     first = 0.0
     while process.poll() is None:
         if not first and read_metrics(settings.run.dir):
@@ -120,7 +134,7 @@ def _ray_ft(made: demo.DemoPaths, scratch: str, steps: int, number: int) -> dict
     }
 
 
-def _torchrun(made: demo.DemoPaths, scratch: str, steps: int) -> dict[str, Any]:
+def _torchrun(made: demo.DemoPaths, scratch: str, steps: int, env: Mapping[str, str], _: int) -> dict[str, Any]:
     settings = _settings(made, scratch, steps, "torchrun")
     job = prepare_job(settings, View(), stream.in_process)
     batches = list(stream.local_batches(job.order, 0, steps * 16, 0, 1, 16))
@@ -150,11 +164,11 @@ def _torchrun(made: demo.DemoPaths, scratch: str, steps: int) -> dict[str, Any]:
             "torch.distributed.run",
             "--nproc-per-node",
             str(WORKERS),
-            str(HERE / "torchrun_loop.py"),
+            str(LOOP),
             config,
         ],
         check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**env, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
     )
     found = json.loads(Path(result).read_text())

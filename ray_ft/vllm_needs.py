@@ -21,13 +21,18 @@ CPU_KV_FLOOR = 256 << 20
 #: Bytes of one element, by the name of the type.
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+#: Model types whose images vLLM can do without torchvision, see `ray_ft.vllm_plugin`.
+SEEN_BY_PIL = ("gemma3",)
+
 #: Ranks that vLLM makes room for (`vllm.config.lora.MaxLoRARanks`); an adapter of another is padded up to the next.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def lacks_torchvision(hf_config: Mapping[str, Any]) -> bool:
-    """Whether vLLM cannot load the model here, as it loads those with parts beside the text model by torchvision."""
-    return "text_config" in hf_config and importlib.util.find_spec("torchvision") is None
+    """Whether vLLM cannot load the model here, as it loads those with parts beside the text model by torchvision; but
+    for those whose images PIL reads for it (`vllm_plugin`)."""
+    by_pil = hf_config.get("model_type") in SEEN_BY_PIL
+    return "text_config" in hf_config and not by_pil and importlib.util.find_spec("torchvision") is None
 
 
 def kv_bytes_per_token(hf_config: Mapping[str, Any], itemsize: int) -> int:

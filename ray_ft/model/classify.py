@@ -130,14 +130,15 @@ class LabelLoss(nn.Module):
         self.weights = None if weights is None else tuple(weights)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Sums of the negative log-likelihoods of the labels, in nats, and of right answers.
+        """Sums of the negative log-likelihoods of the labels, in nats; and counts by label: of right answers, of
+        targets, of answers.
 
         Args:
             input_ids, position_ids, labels: int64 [rows, tokens], as of `LossModel.forward`; a target is the number of
                 a label, which stands behind its text.
 
         Returns:
-            float32 [rows, 2]. It depends on every trained parameter also where there is no target.
+            float32 [rows, 1 + 3 labels]. It depends on every trained parameter also where there is no target.
         """
         hidden = self.model.get_decoder()(
             input_ids=input_ids, use_cache=False, **documents(self.model, position_ids)
@@ -146,11 +147,12 @@ class LabelLoss(nn.Module):
         numbers, scores = labels[:, 1:][wanted], self._scores(hidden[:, :-1][wanted])
         weight = scores.new_tensor(self.weights) if self.weights and self.training else None
         losses = F.cross_entropy(scores, numbers, weight, reduction="none")
-        right = (scores.argmax(-1) == numbers).float()
-        found = scores.new_zeros(len(input_ids), 2)
+        targets, answers = (F.one_hot(each, scores.shape[1]).float() for each in (numbers, scores.argmax(-1)))
+        counts = torch.cat((losses[:, None], targets * answers, targets, answers), dim=1)
+        found = counts.new_zeros(len(input_ids), counts.shape[1])
         if not len(numbers):
             return found + hidden.sum().float() * 0.0 + scores.sum()
-        return found.index_add(0, wanted.nonzero()[:, 0], torch.stack((losses, right), dim=1))
+        return found.index_add(0, wanted.nonzero()[:, 0], counts)
 
     @torch.no_grad()
     def log_probabilities(self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor) -> Any:

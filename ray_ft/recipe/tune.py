@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ray_ft import paths
+from ray_ft.recipe.data import Task
 from ray_ft.recipe.section import Section
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -25,8 +26,16 @@ RANGES: tuple[Kind, ...] = ("uniform", "loguniform", "randint")
 #: Trials of a sweep that does not say how many.
 TRIALS = 16
 
-#: Columns of metrics.jsonl that a sweep may compare: each run reports all of them, eval_loss where it has data.eval.
-METRICS = ("eval_loss", "loss", "tokens_per_second", "step_seconds", "memory_gib")
+#: Columns of metrics.jsonl that a sweep may compare, and the task whose runs report it; None: all runs do. Those of
+#: held-out rows begin with eval_, and need data.eval.
+METRICS: dict[str, Task | None] = {
+    "eval_loss": None, "eval_accuracy": "labels", "eval_macro_f1": "labels", "eval_reward_accuracy": "preference",
+    "eval_reward_margin": "preference", "loss": None, "tokens_per_second": None, "step_seconds": None,
+    "memory_gib": None,
+}  # fmt: skip
+
+#: Those of which more is better: a sweep that minimises one is a mistake.
+HIGHER = ("tokens_per_second", "eval_accuracy", "eval_macro_f1", "eval_reward_accuracy", "eval_reward_margin")
 
 #: What may change while a trial goes on from another one's checkpoint: the weights and moments in it stay as they are.
 MUTABLE = (
@@ -204,8 +213,8 @@ class Tune(Section):
 
     @model_validator(mode="after")
     def _better_is_better(self) -> Tune:
-        if (self.metric, self.mode) == ("tokens_per_second", "min"):
-            raise ValueError("metric: tokens_per_second with mode: min looks for the slowest; set mode: max")
+        if self.metric in HIGHER and self.mode == "min":
+            raise ValueError(f"metric: {self.metric} with mode: min looks for the worst; set mode: max")
         return self
 
     @model_validator(mode="after")

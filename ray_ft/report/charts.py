@@ -32,6 +32,7 @@ class Chart:
 
 #: Column of metrics.jsonl → title, unit, what it means.
 CURVES: tuple[tuple[str, str, str, str], ...] = (
+    ("eval_macro_f1", "Held-out macro F1", "%", "mean of F1 over the labels that held-out rows have"),
     ("reward_accuracy", "Reward accuracy", "%", "share of pairs whose chosen answer has the higher reward"),
     ("eval_reward_accuracy", "Held-out reward accuracy", "%", "the same of held-out pairs"),
     ("reward_margin", "Reward margin", "", "of the chosen answer over the rejected one"),

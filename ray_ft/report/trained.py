@@ -20,6 +20,7 @@ TITLES = {
     "eval_loss": "held-out loss",
     "accuracy": "accuracy",
     "eval_accuracy": "held-out accuracy",
+    "eval_macro_f1": "held-out macro F1",
     "reward_accuracy": "reward accuracy",
     "eval_reward_accuracy": "held-out reward accuracy",
     "reward_margin": "reward margin",

@@ -7,7 +7,8 @@ statistics, like steps, do not depend on how rows lie over workers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,8 @@ class Objective:
             training rows where it is to be trained.
         inputs: what the module is given for some rows, on a device.
         targets: how many of them are in each row: [rows] from the rows' flags, uint8 [rows, tokens].
-        statistics: names of what the module sums beside the loss, in its order; means over the targets are reported.
+        statistics: names of what the module sums beside the loss, in its order.
+        told: what is reported of their means over the targets, by name; as they are, if nothing else is said.
     """
 
     unit: str
@@ -43,6 +45,7 @@ class Objective:
     inputs: Callable[[pack.Rows, torch.device], tuple[torch.Tensor, ...]]
     targets: Callable[[np.ndarray], np.ndarray]
     statistics: tuple[str, ...] = ()
+    told: Callable[[dict[str, float]], dict[str, float]] = dict
 
 
 def tensors(rows: pack.Rows, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -106,6 +109,20 @@ def class_weights(recipe: Recipe, counts: Counts) -> list[float] | None:
     return (found * rows.sum() / (found @ rows)).tolist()
 
 
+def of_labels(names: Sequence[str]) -> Objective:
+    """Of a classifier with these labels: accuracy and macro F1, the latter from counts of each label."""
+    kinds = [[f"{kind} {name}" for name in names] for kind in ("right", "wanted", "said")]
+    statistics = tuple(itertools.chain.from_iterable(kinds))
+
+    def told(means: dict[str, float]) -> dict[str, float]:
+        right, wanted, said = ([means[one] for one in kind] for kind in kinds)
+        # Of the labels that rows have, as `ray-ft evaluate` reports it: F1 = 2 right ÷ (wanted + said).
+        scores = [2 * r / (w + s) for r, w, s in zip(right, wanted, said, strict=True) if w]
+        return {"accuracy": sum(right), "macro_f1": sum(scores) / len(scores)}
+
+    return Objective("labels", labels, tensors, trained_tokens, statistics, told)
+
+
 def preference(model: PreTrainedModel, recipe: Recipe, counts: Counts | None = None) -> nn.Module:
     return PreferenceLoss(model, recipe.train.loss_chunk, recipe.train.preference, reference_of(recipe))
 
@@ -116,14 +133,17 @@ def reference_of(recipe: Recipe) -> Reference:
 
 
 TOKENS = Objective("tokens", language, tensors, trained_tokens)
-LABELS = Objective("labels", labels, tensors, trained_tokens, ("accuracy",))
 PAIRS = Objective("pairs", preference, with_reference, pack.pairs, STATISTICS)
-OBJECTIVES: dict[Task, Objective] = {"language": TOKENS, "labels": LABELS, "preference": PAIRS}
 
 
 def of(recipe: Recipe) -> Objective:
     """What the recipe's task is trained for."""
-    return OBJECTIVES[recipe.data.task]
+    of_task: dict[Task, Callable[[], Objective]] = {
+        "language": lambda: TOKENS,
+        "labels": lambda: of_labels(recipe.model.labels),
+        "preference": lambda: PAIRS,
+    }
+    return of_task[recipe.data.task]()
 
 
 class Sums:
@@ -162,7 +182,9 @@ class Sums:
             return Means(
                 float(np.float64(loss) / targets),
                 int(targets),
-                {name: total / targets for name, total in zip(self._objective.statistics, statistics, strict=True)}
+                self._objective.told(
+                    {name: total / targets for name, total in zip(self._objective.statistics, statistics, strict=True)}
+                )
                 if targets
                 else {},
                 {source: row[0] / row[1] for source, row in zip(self._sources, table.tolist(), strict=False) if row[1]},
@@ -171,7 +193,8 @@ class Sums:
 
 @dataclass(frozen=True)
 class Means:
-    """Means over `targets`: the loss (nats), statistics by name, and the loss of each source that had a target."""
+    """Means over `targets`: the loss (nats), what is told of the statistics, and the loss of each source that had a
+    target."""
 
     loss: float
     targets: int

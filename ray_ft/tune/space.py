@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ray_ft import recipe as recipes
 from ray_ft.errors import RecipeError
 from ray_ft.recipe import Dimension, Recipe
+from ray_ft.recipe.tune import METRICS
 from ray_ft.tune.expression import FUNCTIONS, Expression
 from ray_ft.tune.keys import as_line, changed, fixed, put, refused, unknown
 
@@ -236,10 +237,16 @@ def check(recipe: Recipe) -> Space:
 
 def _metric(recipe: Recipe) -> Iterator[str]:
     assert recipe.tune is not None
-    if recipe.tune.metric == "eval_loss" and not recipe.data.eval:
+    metric, task = recipe.tune.metric, METRICS[recipe.tune.metric]
+    if metric.startswith("eval_") and not recipe.data.eval:
         yield (
-            "tune.metric: eval_loss is never reported, since data.eval names no held-out rows; name some, or set "
+            f"tune.metric: {metric} is never reported, since data.eval names no held-out rows; name some, or set "
             "tune.metric: loss"
+        )
+    if task not in (None, recipe.data.task):
+        yield (
+            f"tune.metric: {metric} is never reported: it is of the task {task}, and the recipe's sources are for "
+            f"{recipe.data.task}; set tune.metric: eval_loss"
         )
 
 

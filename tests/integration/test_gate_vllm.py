@@ -72,7 +72,7 @@ def test_names_that_vllm_would_pass_over_are_found(mapped: bool) -> None:
 
     model, prefix = Model(), "language_model.model" if mapped else "model"
     if mapped:
-        # As gemma3_mm has it, which itself loads only beside torchvision.
+        # As gemma3_mm has it.
         prefixes = {"model.language_model.": "language_model.model."}
         model.hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix=prefixes)
     at: torch.nn.Module = model

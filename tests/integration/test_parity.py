@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "parity.py"
+from benchmarks import parity
 
-
-@pytest.fixture(scope="module")
-def parity() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("parity", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["parity"] = module
-    spec.loader.exec_module(module)
-    return module
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 def test_strategies_adapters_and_restores_give_one_result(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--quick", "--steps", "4", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.parity", "--quick", "--steps", "4", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "parity.json").read_text())
     assert {row["strategy"] for row in found["parity"]} == {"fsdp", "zero3", "none"}
@@ -37,7 +27,7 @@ def test_strategies_adapters_and_restores_give_one_result(tmp_path: Path) -> Non
     assert all(row["ok"] for row in [*found["parity"], *found["restore"]])
 
 
-def test_a_difference_of_one_tensor_or_one_step_is_seen(parity: ModuleType) -> None:
+def test_a_difference_of_one_tensor_or_one_step_is_seen() -> None:
     weights = {"large": torch.full((100, 100), 3.0), "small": torch.full((10,), 0.01)}
     expected = parity.Result([4.0, 2.0, 1.0], weights)
     assert parity.loss_difference(expected, expected) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -10,13 +9,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
+from benchmarks import chaos
 from ray_ft import paths
 from ray_ft.data import stream
 from ray_ft.data.order import Order
@@ -29,18 +28,8 @@ from ray_ft.view import View
 from .judge import Verdict, judge, last_checkpoint
 from .training import Recovery
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
+ROOT = Path(__file__).parents[2]
 Make = Callable[..., Recipe]
-
-
-@pytest.fixture(scope="module")
-def chaos() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("chaos", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["chaos"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @dataclass(frozen=True)
@@ -147,7 +136,7 @@ def test_the_judge_says_no_to_each_planted_fault(runs: Runs) -> None:
         runs.with_fault(lambda run: shutil.rmtree(run / "checkpoints"))
 
 
-def test_the_benchmark_says_no_to_each_broken_promise(chaos: ModuleType) -> None:
+def test_the_benchmark_says_no_to_each_broken_promise() -> None:
     good = Recovery("worker killed", step=25, committed=20, resumed=20, seconds=14.0, model_seconds=2.0)
     faults = chaos.draw(1, 2, 100, chaos.WORKER_FAULTS)
     verdict = Verdict("", 0.0, 0.0, True)
@@ -173,7 +162,7 @@ def test_the_benchmark_says_no_to_each_broken_promise(chaos: ModuleType) -> None
     shown.print(chaos.table(replace(result, recoveries=[unused, good]), ["something"]))
 
 
-def test_the_seed_draws_the_faults(chaos: ModuleType) -> None:
+def test_the_seed_draws_the_faults() -> None:
     kinds = chaos.HOST_FAULTS + chaos.WORKER_FAULTS
     one = chaos.draw(1, 5, 100, kinds)
     assert one == chaos.draw(1, 5, 100, kinds)
@@ -190,8 +179,9 @@ def test_the_seed_draws_the_faults(chaos: ModuleType) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_the_benchmark_runs_where_there_are_no_hosts(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--kills", "1", "--local", "--epochs", "1", "--within", "120"]
-    done = subprocess.run([*command, "--out", str(tmp_path / "found.json")], capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.chaos", "--kills", "1", "--local", "--epochs", "1", "--within", "120"]
+    command += ["--out", str(tmp_path / "found.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "only workers are killed" in done.stderr
     assert "all promises kept" in done.stdout

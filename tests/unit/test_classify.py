@@ -71,7 +71,10 @@ def test_a_base_gives_all_but_the_head_and_the_loss_is_that_of_transformers_clas
     found = LabelLoss(model).eval()(*batch)
     assert len(found) == len(rows) < 12  # packed
     assert found[:, 0].sum().item() == pytest.approx(F.cross_entropy(logits, wanted, reduction="sum").item(), rel=1e-4)
-    assert found[:, 1].sum().item() == (logits.argmax(-1) == wanted).sum().item()
+    counts = found[:, 1:].sum(0).view(3, 3)
+    assert counts[0].sum().item() == (logits.argmax(-1) == wanted).sum().item()
+    assert counts[1].tolist() == torch.bincount(wanted, minlength=3).tolist()
+    assert counts[2].tolist() == torch.bincount(logits.argmax(-1), minlength=3).tolist()
     logs = LabelLoss(model).log_probabilities(
         *objective.tensors(rows_of(samples(), packing=False), torch.device("cpu"))
     )

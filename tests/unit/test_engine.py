@@ -105,13 +105,14 @@ def test_cpu_without_room_says_what_is_needed() -> None:
 
 
 def test_a_model_that_sees_is_refused_on_cpu_where_vllm_could_not_load_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    seeing = {"text_config": SMALL, "vision_config": {}}
+    seeing = {"model_type": "other", "text_config": SMALL, "vision_config": {}}
     cluster = Cluster(node_cpus=8, node_memory=24 * GIB)
     for there in (None, object()):
         monkeypatch.setattr("importlib.util.find_spec", lambda name, there=there: there)
         if there is None:
             with pytest.raises(ServeError, match="by torchvision: it is not installed"):
                 engine.plan(model(seeing), cluster)
+            assert engine.plan(model({**seeing, "model_type": "gemma3"}), cluster).device == "cpu"
             engine.plan(model(SMALL), cluster)
         else:
             assert engine.plan(model(seeing), cluster).device == "cpu"

@@ -281,6 +281,8 @@ def test_an_adapter_on_a_vision_model_is_merged_under_the_names_of_its_files(
     live = Trained.of(recipe.run.dir.root).model(torch.device("cpu"), torch.float32)
     torch.testing.assert_close(model(IDS).logits, live(IDS).logits, rtol=0, atol=1e-4)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torchvision" else object())
+    assert "torchvision" not in (vllm_process.obstacle(Trained.of(recipe.run.dir.root)) or "")
+    monkeypatch.setattr("ray_ft.vllm_needs.SEEN_BY_PIL", ())
     assert "torchvision" in (vllm_process.obstacle(Trained.of(recipe.run.dir.root)) or "")
 
 

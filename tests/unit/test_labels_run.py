@@ -152,6 +152,8 @@ def test_the_report_says_what_sklearn_does_beside_the_commonest_label(full: Reci
     scores = content["model"]["scores"]
     assert scores["accuracy"] == pytest.approx(accuracy_score(found.wanted, found.found))
     assert scores["macro_f1"] == pytest.approx(f1_score(found.wanted, found.found, average="macro"))
+    last = [row for row in read_metrics(full.run.dir) if "eval_macro_f1" in row][-1]  # counted while it was trained
+    assert (last["eval_macro_f1"], last["eval_accuracy"]) == pytest.approx((scores["macro_f1"], scores["accuracy"]))
     assert content["labels"]["confusion"]["counts"] == confusion_matrix(found.wanted, found.found).tolist()
     assert content["labels"]["confusion"]["answers"] == NAMES
     assert content["model"]["loss"] == pytest.approx(float(found.losses.mean()), rel=1e-6)

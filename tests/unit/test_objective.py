@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ray_ft.data.pack import TRAINED
-from ray_ft.train.objective import TOKENS, Sums
+from ray_ft.train.objective import TOKENS, Sums, of_labels
 
 FLAGS = np.array([[0, TRAINED, TRAINED], [0, TRAINED, 0], [0, 0, 0]], np.uint8)  # the last row is padding
 CPU = torch.device("cpu")
@@ -32,6 +32,15 @@ def test_one_source_is_not_told_apart_and_statistics_are_means_too() -> None:
     means = sums.read(sums.values.tolist())
     assert dict(means.more("train")) == {"accuracy": pytest.approx(2 / 3)}
     assert means.by_source == {}
+
+
+def test_macro_f1_is_of_the_labels_that_rows_have() -> None:
+    """Four texts: a said rightly and as b, b rightly, b as c. Nothing is c, which therefore counts in no mean."""
+    sums = Sums(of_labels(["a", "b", "c"]), (), CPU)
+    counts = [0.0, *(1, 1, 0), *(2, 2, 0), *(1, 2, 1)]  # loss; right, wanted, said of each label
+    sums.add(torch.tensor([counts]), np.full((1, 4), TRAINED, np.uint8), None)
+    told = dict(sums.read(sums.values.tolist()).more("eval"))
+    assert told == {"eval_accuracy": 0.5, "eval_macro_f1": pytest.approx((2 / 3 + 2 / 4) / 2)}
 
 
 def test_a_source_without_a_target_has_no_loss() -> None:

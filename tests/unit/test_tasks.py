@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import benchmarks.tasks
 from ray_ft import demo, recipe
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tasks() -> Any:
-    spec = importlib.util.spec_from_file_location("benchmarks_tasks", ROOT / "benchmarks" / "tasks.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # for its dataclasses
-    spec.loader.exec_module(module)
-    return module
+    return benchmarks.tasks
 
 
 @pytest.fixture
@@ -31,8 +26,8 @@ def run(tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     to = tmp_path / "tasks.md"
     to.write_text(f"above\n{tasks.BEGIN}\n{tasks.END}\nbelow\n")
 
-    def command(name: str, trained: float | None, http: float | None, served: bool = True) -> str:
-        rows = [tasks.Row("exact_match", 0.0, trained, 0.9, http, served, 1.25, "13 checks")]
+    def command(name: str, trained: float | None, http: float | None, score: str = "exact_match") -> str:
+        rows = [tasks.Row(score, 0.0, trained, 0.9, http, 1.25, "13 checks")]
         monkeypatch.setattr(tasks, "_rows", lambda *_: rows)
         monkeypatch.setattr(sys, "argv", ["tasks.py", name, "--to", str(to), "--folder", str(tmp_path / "kept")])
         tasks.main()
@@ -44,12 +39,12 @@ def run(tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_rows_of_other_tasks_stay_and_the_order_is_that_of_the_tasks(run: Any) -> None:
     run("mixture", 0.95, 0.91)
-    run("translation", 0.93, None, served=False)
+    run("translation", 0.93, None, "reward_accuracy")
     text = run("mixture", 0.9, 0.9)
     assert text.startswith("above\n") and text.endswith("\nbelow\n")
     assert text.count("mixture") == 1
     assert text.index(
-        "| translation | exact match | 0.000 | 0.930 | 0.900 | not served | 1.2 | 13 checks |"
+        "| translation | reward accuracy | 0.000 | 0.930 | 0.900 | none tells | 1.2 | 13 checks |"
     ) < text.index("| mixture | exact match | 0.000 | 0.900 | 0.900 | 0.900 | 1.2 | 13 checks |")
 
 

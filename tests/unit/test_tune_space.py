@@ -454,8 +454,8 @@ def test_dimensions_that_are_none(dimension: dict[str, Any], said: str) -> None:
     ("space", "tune", "said"),
     [
         (LR, {"metric": "evalloss"}, "did you mean 'eval_loss'?"),
-        (LR, {"metric": "perplexity"}, "no run reports it; one of eval_loss, loss, "),
-        (LR, {"metric": "tokens_per_second"}, "looks for the slowest; set mode: max"),
+        (LR, {"metric": "perplexity"}, "no run reports it; one of eval_loss, eval_accuracy, "),
+        (LR, {"metric": "tokens_per_second"}, "looks for the worst; set mode: max"),
         (LR, {"search": "grid"}, "space.train.optimizer.lr is loguniform, which has no end of values"),
         ({"run.seed": {"grid": [1, 2]}}, {}, "space.run.seed is grid, and search is random"),
         ({"run.seed": {"grid": [1, 2]}}, {"search": "optuna"}, "space.run.seed is grid, and search is optuna"),
@@ -479,6 +479,8 @@ def test_a_metric_that_is_never_reported() -> None:
         "tune.metric: loss"
     )
     check(make(LR, "data.eval=[]", metric="loss"))
+    [found] = faults(LR, metric="eval_macro_f1", mode="max")
+    assert found.startswith("tune.metric: eval_macro_f1 is never reported: it is of the task labels, and the recipe's ")
 
 
 @pytest.mark.parametrize(
