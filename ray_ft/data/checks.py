@@ -30,6 +30,7 @@ def all_files(wanted: Sequence[AnySource]) -> list[tuple[int, File]]:
 
 def check_before(wanted: Sequence[Source], files: Sequence[tuple[int, sources.File]], has_template: bool) -> None:
     """Refuse what no row can change: a column that a Parquet file lacks, or a chat format without a template."""
+    sources.read_footers(file for _, file in files)
     for number, file in files:
         if file.kind == "parquet":
             have = sources.parquet_columns(file)

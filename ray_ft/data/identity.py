@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -116,19 +116,28 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def _of_files(old: list[list[Any]], new: list[list[Any]]) -> list[str]:
     before, now = ({(source, name): rest for source, name, *rest in files} for files in (old, new))
     lines = []
+    # By name: to look through all files for each one that is gone takes minutes where thousands are.
+    old_sources, new_sources = (_sources_by_name(found) for found in (before, now))
     for key in sorted({*before, *now}, key=lambda key: (key[1], key[0])):
         source, name = key
         if key not in now:
-            moved = [other for other, same in now if same == name and (other, same) not in before]
+            moved = [other for other in new_sources.get(name, ()) if (other, name) not in before]
             lines.append(f"{name} is gone" if not moved else f"{name} was of source {source}, is of {moved[0]}")
         elif key not in before:
-            if not any(same == name and (other, same) not in now for other, same in before):
+            if not any((other, name) not in now for other in old_sources.get(name, ())):
                 lines.append(f"{name} is new")
         elif before[key][0] != now[key][0]:
             lines.append(f"{name} changed: {change(before[key][0], now[key][0])}")
         elif before[key] != now[key]:
             lines.append(f"{name} is reached in another way: the query of its URI changed")
     return list(dict.fromkeys(lines))  # a file of two sources is told once
+
+
+def _sources_by_name(files: Iterable[tuple[int, str]]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for source, name in files:
+        found.setdefault(name, []).append(source)
+    return found
 
 
 def _of_settings(where: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -212,7 +212,8 @@ class Order:
             for epoch in range(self.epoch_of(start), self.epochs):
                 if (first := self.start(epoch)) >= end:
                     break
-                windows = self._mixed(epoch, max(start - first, 0)) if self.shuffle else self._plain(epoch)
+                offset = max(start - first, 0)
+                windows = self._mixed(epoch, offset) if self.shuffle else self._plain(epoch, offset)
                 for number, before, parts in windows:
                     position, size = first + before, sum(part.high - part.low for part in parts)
                     if position >= end:
@@ -312,20 +313,37 @@ class Order:
             )
             yield number, before(number), parts
 
-    def _plain(self, epoch: int) -> Iterator[tuple[int, int, tuple[Part, ...]]]:
+    def _plain(self, epoch: int, offset: int) -> Iterator[tuple[int, int, tuple[Part, ...]]]:
         """The same without shuffling: one source after the other, whole parts to a window."""
-        number, before, rows = 0, 0, 0
-        window: list[Part] = []
+        if epoch not in self._plain_cuts:  # of one epoch at a time, as they are gone through in order
+            self._plain_cuts.clear()
+            self._plain_cuts[epoch] = self._cut_plainly(epoch)
+        cuts = self._plain_cuts[epoch]
+        for number in range(bisect_right(cuts, offset) - 1, len(cuts) - 1):
+            parts: list[Part] = []
+            rows = 0  # of the sources before
+            for source in self._sources:
+                begin, end = source.start(epoch), source.start(epoch + 1)
+                low, high = max(cuts[number] - rows, 0), min(cuts[number + 1] - rows, end - begin)
+                parts += source.parts(begin + low, begin + high)
+                rows += end - begin
+            yield number, cuts[number], tuple(parts)
+
+    @cached_property
+    def _plain_cuts(self) -> dict[int, list[int]]:
+        """Epoch → rows of it before each window, and all of them. Batch by batch the same are asked for."""
+        return {}
+
+    def _cut_plainly(self, epoch: int) -> list[int]:
+        cuts, rows = [0], 0
         for source in self._sources:
             for part in source.parts(source.start(epoch), source.start(epoch + 1)):
                 size = part.high - part.low
-                if window and rows + size > self._window:
-                    yield number, before, tuple(window)
-                    number, before, window, rows = number + 1, before + rows, [], 0
-                window.append(part)
+                if rows and rows + size > self._window:
+                    cuts.append(cuts[-1] + rows)
+                    rows = 0
                 rows += size
-        if window:
-            yield number, before, tuple(window)
+        return [*cuts, cuts[-1] + rows] if rows else cuts
 
 
 def as_fraction(weight: float) -> Fraction:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,6 +50,7 @@ __all__ = ["FORMAT", "Prepared", "Split", "check", "load", "prepare"]
 FORMAT = 2  # part of the key: raise it when the same input would give other rows, or the index another form
 SEGMENT_TOKENS = 2 << 20  # tokens packed together; one Parquet row group, 10 MB in memory
 SEGMENT_IMAGE_BYTES = 64 << 20  # images of rows packed together, at which a segment ends as well
+TASKS = 256  # chunks up to this number have a task each; a task costs some 10 ms, whatever little is in it
 ENCODE_BATCH = 512  # samples per call of the tokenizer
 ENCODE_IMAGES = 32  # the same, in a run with images, whose files are held meanwhile
 
@@ -307,13 +309,15 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Prepare:
-    """Prepares one chunk: writes its shard, where tokens are kept, and returns what was counted."""
+    """Prepares chunks: writes the shard of each, where tokens are kept, and returns what was counted of each."""
 
     work: _Work
     cached: bool
 
-    def __call__(self, item: tuple[int, Chunk]) -> dict[str, Any]:
-        number, chunk = item
+    def __call__(self, items: Sequence[tuple[int, Chunk]]) -> list[dict[str, Any]]:
+        return [self._one(number, chunk) for number, chunk in items]
+
+    def _one(self, number: int, chunk: Chunk) -> dict[str, Any]:
         seen, groups = _Seen(), []
         with ExitStack() as stack:
             writer = None
@@ -375,6 +379,22 @@ def _tokenizer_identity(model: str, code: bool) -> dict[str, Any]:
     return _identity_of(_tokenizer_of(model, code))
 
 
+def _grouped(chunks: Sequence[Chunk]) -> list[list[tuple[int, Chunk]]]:
+    """The chunks with their numbers, in order; where there are more than `TASKS`, small neighbours are one task's."""
+    most = max(len(chunks) // TASKS, 1)
+    groups: list[list[tuple[int, Chunk]]] = []
+    size = 0
+    for number, chunk in enumerate(chunks):
+        plain = chunk.file.kind == "jsonl" and not chunk.file.compression
+        own = chunk.stop - chunk.start if plain else chunk.file.size
+        if not groups or len(groups[-1]) == most or size + own > sources.CHUNK_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append((number, chunk))
+        size += own
+    return groups
+
+
 def _run(
     work: _Work,
     chunks: list[Chunk],
@@ -388,7 +408,7 @@ def _run(
     numbers = {(source, name, query): at for at, (source, name, _, query) in enumerate(identity["files"])}
     before = 0  # lines of the file that lie in its earlier chunks
     with paths.Appender(paths.join(work.location, "rejects.jsonl")) as rejects:
-        results = spread(_Prepare(work, cached), list(enumerate(chunks))) if chunks else ()
+        results = chain.from_iterable(spread(_Prepare(work, cached), _grouped(chunks)) if chunks else ())
         for done, (chunk, result) in enumerate(zip(chunks, results, strict=True), start=1):
             before = before if chunk.start else 0  # two sources may read one file
             total.add(result["counts"])

@@ -17,7 +17,7 @@ from typing import Any
 
 from ray_ft.data.files import File, find_files, public_name
 from ray_ft.data.lines import Reject, parse_line, read_lines
-from ray_ft.data.parquet import parquet_columns, read_groups, row_group_bytes
+from ray_ft.data.parquet import parquet_columns, read_footers, read_groups, row_group_bytes
 
 __all__ = [
     "find_files",
@@ -29,6 +29,7 @@ __all__ = [
     "Row",
     "Reject",
     "parquet_columns",
+    "read_footers",
     "CHUNK_BYTES",
 ]
 

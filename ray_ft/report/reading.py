@@ -26,6 +26,7 @@ from ray_ft.report.starts import first_step
 
 EXAMPLES = 5  # rejected rows shown of each reason
 MOST_REJECTS = 100_000  # lines of rejects.jsonl that are looked through for them
+SHORT = 80  # characters of strings that may come again
 QUIET = 3  # a run that wrote nothing for so many times its usual pause, and for
 LEAST_QUIET = 120  # so many seconds beside, has stopped
 TRACEBACK = 40  # last lines of a worker's traceback that are shown,
@@ -99,6 +100,8 @@ class Record:
     aside: list[tuple[str, str]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     state: State = State("new", 0, None, None, None)
+    _cleaned: dict[str, str] = field(default_factory=dict, repr=False)
+    """Short strings without credentials: names of columns come again in each of 100,000 rows."""
 
     @classmethod
     def read(cls, run: str) -> Record:
@@ -159,9 +162,15 @@ class Record:
             return [self.clean(value) for value in content]
         if isinstance(content, float) and not math.isfinite(content):
             return None
-        if isinstance(content, str):
-            for uri in self.uris:
-                content = without_secrets(content, uri)
+        if isinstance(content, str) and self.uris:
+            if content not in self._cleaned:
+                cleaned = content
+                for uri in self.uris:
+                    cleaned = without_secrets(cleaned, uri)
+                if len(content) > SHORT:
+                    return cleaned
+                self._cleaned[content] = cleaned
+            return self._cleaned[content]
         return content
 
     # ------------------------------------------------------------------------------------------------------- reading

@@ -82,6 +82,11 @@ def steps(folder: str) -> list[int]:
     return sorted({step for step, _ in committed(folder)})
 
 
+def newest_step(folder: str) -> int:
+    """The last of `steps`, or 0; markers are looked for from the newest on, so that older ones cost nothing."""
+    return next((step for step, location in reversed(folders(folder)) if is_committed(location)), 0)
+
+
 def _reach(location: str, call: Callable[[str], T]) -> T:
     """``call(location)``, again where storage fails for a moment.
 
@@ -125,7 +130,9 @@ def newest(folder: str, on_broken: Callable[[str, str], None] | None = None) -> 
             the run away.
         StorageError: storage does not answer, after several attempts.
     """
-    for step, location in reversed(committed(folder)):
+    for step, location in reversed(folders(folder)):
+        if not is_committed(location):  # asked one by one: each is a request to storage
+            continue
         try:
             return Found(location, step, verify(location))
         except Damaged as error:
@@ -360,6 +367,8 @@ def retain(folder: str, keep: int, say: Callable[[str], None] = lambda line: Non
     Each of those is checked as by `newest` before an older one goes: one that is known to be broken is no reason to
     delete the one that a run would fall back to. What fails is said and stays for the next time.
     """
+    if len(folders(folder)) <= keep:  # the usual case of a sweep that keeps all: nothing can go, so nothing is read
+        return
     valid = 0
     for _, location in reversed(committed(folder)):
         if valid < keep:

@@ -168,7 +168,7 @@ class Budget:
 
     def _look(self) -> int:
         try:
-            return max(checkpoint.steps(self._checkpoints), default=0)
+            return checkpoint.newest_step(self._checkpoints)
         except StorageError:  # nothing new is known of; whoever needs the checkpoint says what is wrong
             return self._newest
 

@@ -13,6 +13,7 @@ import json
 import os
 import struct
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -88,11 +89,34 @@ class Run:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a checkpoint: its whole shape, and its runs, in order."""
+    """A tensor of a checkpoint: its whole shape, and its runs.
+
+    An index has a run for each tensor and worker, of which one that reads wants its own few: they are made when they
+    are asked for. `pieces`, `files` and `block` are as ``index.json`` has them, the pieces in order.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    runs: tuple[Run, ...]
+    pieces: Sequence[tuple[str, int, int, list[int]]]
+    files: Mapping[str, Any]
+    block: int
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """All of them, in order."""
+        return tuple(map(self._run, self.pieces))
+
+    def between(self, low: int, high: int) -> Iterator[Run]:
+        """Those that hold any of the elements [low, high), in order."""
+        for at in range(bisect_right(self.pieces, low, key=lambda piece: piece[2]), len(self.pieces)):
+            if self.pieces[at][1] >= high:
+                return
+            yield self._run(self.pieces[at])
+
+    def _run(self, piece: tuple[str, int, int, list[int]]) -> Run:
+        file, start, stop, checksums = piece
+        size, header = self.files[file]["header"]
+        return Run(file, start, stop, (size, header), self.block, tuple(checksums))
 
 
 class Written(TypedDict):
@@ -216,13 +240,8 @@ def index_of(written: Iterable[Written]) -> bytes:
 def parse_index(text: bytes) -> dict[str, Stored]:
     """Every tensor of a checkpoint by name, from its ``index.json``."""
     index = json.loads(text)
-
-    def run(file: str, start: int, stop: int, checksums: list[int]) -> Run:
-        size, header = index["files"][file]["header"]
-        return Run(file, start, stop, (size, header), index["block"], tuple(checksums))
-
     return {
-        name: Stored(tuple(entry["shape"]), DTYPES[entry["dtype"]], tuple(run(*one) for one in entry["runs"]))
+        name: Stored(tuple(entry["shape"]), DTYPES[entry["dtype"]], entry["runs"], index["files"], index["block"])
         for name, entry in index["tensors"].items()
     }
 
@@ -241,8 +260,8 @@ def read(folder: str, index: Mapping[str, Stored], spans: Mapping[str, Span]) ->
     """
     wanted: dict[str, list[tuple[str, Run]]] = {}
     for name, span in spans.items():
-        for run in index[name].runs:
-            if max(run.start, span.start) < min(run.stop, span.stop):
+        if span.start < span.stop:
+            for run in index[name].between(span.start, span.stop):
                 wanted.setdefault(run.file, []).append((name, run))
     for file, runs in sorted(wanted.items()):
         reader = _Reader(folder, file)

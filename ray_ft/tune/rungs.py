@@ -12,6 +12,7 @@ can stop at once, and when no more trials come the best of the highest rung goes
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from enum import Enum
 
 
@@ -39,6 +40,9 @@ class Rungs:
         self._gone: set[int] = set()  # failed, or ended otherwise: they will not arrive anywhere
         self._failed: set[int] = set()
         self._finished = False
+        # Of each rung, as long as nothing changes: every trial that waits is asked about again and again.
+        self._ranked: dict[int, list[tuple[float, int]]] = {}
+        self._completed: dict[int, bool] = {}
 
     def arrived(self, number: int, progress: float, value: float) -> bool:
         """Note a report; True where it brought the trial onto a rung."""
@@ -47,6 +51,7 @@ class Rungs:
             if progress + 1e-9 >= milestone and number not in self._values[rung]:
                 # NaN has no place in an order: it would put all the others anywhere too.
                 self._values[rung][number] = math.inf if math.isnan(value) else self._sign * value
+                self._changed()
                 if rung:
                     self._promoted[rung - 1].add(number)
                 new = True
@@ -58,6 +63,7 @@ class Rungs:
         self._finished = self._finished or finished
         if failed:
             self._failed.add(number)
+        self._changed()
 
     def level(self, number: int) -> int | None:
         """The highest rung on which a trial stands, or None."""
@@ -82,6 +88,7 @@ class Rungs:
         """It goes on from where it stands."""
         if (rung := self.level(number)) is not None:
             self._promoted[rung].add(number)
+            self._changed()
 
     def before(self, number: int) -> tuple[int, float]:
         """Sorts trials that may go on: the highest rung first, there the best."""
@@ -91,6 +98,11 @@ class Rungs:
     def close(self) -> None:
         """No more trials come than have come."""
         self.expected = len(self._values[0].keys() | self._gone) if self._values else 0
+        self._changed()
+
+    def _changed(self) -> None:
+        self._ranked.clear()
+        self._completed.clear()
 
     def _quota(self, count: int) -> int:
         """How many of a complete rung go on; one at least, so that one reaches the end."""
@@ -98,18 +110,28 @@ class Rungs:
 
     def _rank(self, rung: int, number: int) -> int:
         """How many on a rung are better."""
-        own = (self._values[rung][number], number)
-        return sum((value, one) < own for one, value in self._values[rung].items() if one not in self._failed)
+        return bisect_left(self._order(rung), (self._values[rung][number], number))
+
+    def _order(self, rung: int) -> list[tuple[float, int]]:
+        """(value, number) of all on a rung that have not failed, the best first."""
+        if rung not in self._ranked:
+            values = self._values[rung].items()
+            self._ranked[rung] = sorted((value, one) for one, value in values if one not in self._failed)
+        return self._ranked[rung]
 
     def _complete(self, rung: int) -> bool:
         """Whether nobody else will arrive on a rung."""
+        if rung not in self._completed:
+            self._completed[rung] = self._is_complete(rung)
+        return self._completed[rung]
+
+    def _is_complete(self, rung: int) -> bool:
         here = self._values[rung].keys() | self._gone
         if rung == 0:
             return len(here) >= self.expected
         if not self._complete(rung - 1):
             return False
         below = self._values[rung - 1]
-        going = self._promoted[rung - 1] | {
-            number for number in below.keys() - self._failed if self._rank(rung - 1, number) < self._quota(len(below))
-        }
+        best = self._order(rung - 1)[: self._quota(len(below))]
+        going = self._promoted[rung - 1] | {number for _, number in best}
         return going <= here

@@ -193,8 +193,8 @@ class Table:
         shown = self._chosen(sweep, max(min(ROWS, height - OTHER_LINES), 3))
         parts: list[RenderableType] = [packed(self._head(sweep), width)]
         if shown:
-            columns = fitting(*self._columns(shown, rows), width)
-            parts.append(grid(columns, [self._style(trial, sweep.best()) for trial in shown]))
+            columns, best = fitting(*self._columns(shown, rows), width), sweep.best()
+            parts.append(grid(columns, [self._style(trial, best) for trial in shown]))
         if rest := self._rest(sweep, shown):
             parts.append(packed([Text(rest, style="dim")], width))
         return Group(*parts)

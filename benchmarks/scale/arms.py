@@ -1,0 +1,162 @@
+"""One run of the tiny model in each of three ways, whose steps differ in what surrounds them:
+
+    whole       Ray Data deals the rows, Ray Train's controller watches the workers
+    control     the same, but each worker has its rows in memory before the first step
+    plain       the same loop in processes that this one starts, rows in memory, no Ray
+
+`python -m benchmarks.scale.arms REQUEST.json` is one process of `plain`; `with_ray` runs the other two.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from ray_ft import recipe
+from ray_ft.data import stream
+from ray_ft.data.order import Order
+from ray_ft.train import cluster, launch, worker
+from ray_ft.train.board import Message
+from ray_ft.train.loop import Ask
+from ray_ft.train.schedule import total_steps
+from ray_ft.view import View
+
+WAYS = ("whole", "control", "plain")
+STEPS = 40
+LOG_EVERY = 5
+GLOBAL_BATCH = 16
+
+
+def job(scratch: str, base: str, rows: str, workers: int, name: str, steps: int = STEPS) -> worker.Job:
+    """The run of `name`, whose data is prepared."""
+    source = {"path": [rows], "format": "text"}
+    one = recipe.parse(
+        {
+            "run": {"name": name, "storage": os.path.join(scratch, "runs")},
+            "model": {"path": base},
+            "data": {"train": [source], "seq_len": 64},
+            "train": {
+                "workers": workers,
+                "cpus_per_worker": 0.25,  # 8 workers and what reads rows, on two cores
+                "device": "cpu",
+                "global_batch": GLOBAL_BATCH,
+                "micro_batch": 2,
+                "max_steps": steps,
+                "log_every": LOG_EVERY,
+                "checkpoint": {"every": steps},
+            },
+        }
+    )
+    from rich.console import Console
+
+    return launch.prepare_job(one, View(Console(quiet=True)), stream.in_process)
+
+
+def in_memory(job: worker.Job, order: Order, start: int, rank: int, world: int, rows: int) -> list[stream.Batch]:
+    """All batches of one worker from position `start` on."""
+    stop = total_steps(job.recipe, order) * job.recipe.train.global_batch
+    return list(stream.local_batches(order, start, stop, rank, world, rows))
+
+
+class Rows:
+    """Hears the rows of metrics. `first`: seconds from `began` to the first of them."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.first: float | None = None
+        self.rows: list[dict[str, float]] = []
+
+    def take(self, messages: list[Message]) -> None:
+        for kind, content in messages:
+            if kind == "row":
+                self.log(content)
+
+    def begin(self, step: int, workers: int, model_seconds: float, rows: list[dict[str, float]]) -> None:
+        """Nothing is kept of it."""
+
+    def say(self, line: str) -> None:
+        """As `begin`."""
+
+    def log(self, row: dict[str, float]) -> None:
+        self.first = self.first or time.monotonic() - self.began
+        self.rows.append(row)
+
+    def asked(self) -> Ask:
+        return Ask.NOTHING
+
+    def found(self) -> dict[str, Any]:
+        return {"first": self.first, "rows": self.rows}
+
+
+def with_ray(job: worker.Job, way: str) -> dict[str, Any]:
+    """`whole` or `control` on the connected Ray: seconds to the first row of metrics, and all rows."""
+    heard = Rows()
+    on_each = _control_worker if way == "control" else _whole_worker
+    with mock.patch.object(cluster, "_ray_worker", on_each):
+        cluster.run(job, heard)
+    return heard.found()
+
+
+_whole_worker = cluster._ray_worker
+
+
+def _control_worker(config: dict[str, Any]) -> None:
+    def batches(shard: Any, order: Order, start: int, rank: int, world: int, rows: int) -> list[stream.Batch]:
+        return in_memory(config["job"], order, start, rank, world, rows)
+
+    with mock.patch.object(stream, "batches", batches):
+        _whole_worker(config)
+
+
+def plain(job: worker.Job, scratch: str) -> dict[str, Any]:
+    """The same without Ray: processes that find each other by a file."""
+    world = job.recipe.train.world_size
+    folder = Path(scratch, f"plain-{time.time_ns()}")
+    folder.mkdir()
+    (folder / "job").write_bytes(pickle.dumps(job))
+    began = time.monotonic()
+    processes = []
+    for rank in range(world):
+        request = folder / f"{rank}.json"
+        request.write_text(json.dumps({"folder": str(folder), "rank": rank, "world": world, "began": began}))
+        command = [sys.executable, "-m", "benchmarks.scale.arms", str(request)]
+        processes.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        raise RuntimeError(f"processes of the plain loop ended with {codes}")
+    return json.loads((folder / "found.json").read_text())
+
+
+def _one(request: dict[str, Any]) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from ray_ft.strategy import Layout
+
+    folder, rank, world = Path(request["folder"]), request["rank"], request["world"]
+    own: worker.Job = pickle.loads((folder / "job").read_bytes())
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
+    heard = Rows()
+    heard.began = request["began"]  # the clock is the machine's
+
+    def batches(order: Order, start: int, total: int) -> list[stream.Batch]:
+        size = own.recipe.train.global_batch
+        return in_memory(own, order, start * size, rank, world, size // world)
+
+    worker.run(own, None, Layout(rank, world, torch.device("cpu"), torch.float32), batches, heard)
+    if rank == 0:
+        (folder / "found.json").write_text(json.dumps(heard.found()))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    from benchmarks.scale import arms  # so that what is pickled has one name
+
+    arms._one(json.loads(Path(sys.argv[1]).read_text()))
