@@ -40,7 +40,7 @@ from ray_ft.recipe import Recipe
 PEERS = Path(__file__).parent / "peers"
 WARM_UP = 10  # steps of a training run before its clock counts
 FIRST = ("auto", "off")  # data.cache
-TRAINED = 10_000_000  # bytes of conversations for training: two chunks, and more rows than are used
+TRAINED = 9_000_000  # bytes of conversations for training: two chunks, and more rows than are used
 PARTS = ("memory", "rates", "loader")
 
 

@@ -30,7 +30,7 @@ from ray_ft.train.loop import Ask
 from ray_ft.train.schedule import total_steps
 from ray_ft.view import View
 
-BATCH = 8  # rows of a step
+BATCH = 2  # rows of a step: few, so that steps are short and what loading costs in each of them shows
 
 
 def settings(data: Path, model: str, storage: Path, *, cache: str = "auto", **train: Any) -> recipe.Recipe:

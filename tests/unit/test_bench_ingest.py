@@ -100,8 +100,8 @@ def test_memory_is_the_largest_input_against_the_smallest() -> None:
 def test_a_page_that_two_processes_share_counts_once() -> None:
     size = 64 << 20
     code = (
-        f"import mmap, os, time; m = mmap.mmap(-1, {size}); m.write(b'x' * {size}); pid = os.fork(); m.seek(0); m.read();"
-        "print(flush=True) if pid else None; time.sleep(60)"
+        f"import mmap, os, time; m = mmap.mmap(-1, {size}); m.write(b'x' * {size}); pid = os.fork(); "
+        "m.seek(0); m.read(); print(flush=True) if pid else None; time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
