@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=50, help="of conversations, for tokens/s; default: 50")
     parser.add_argument("--sizes", default="50MB,500MB", help="of the inputs whose memory is measured, ascending")
     parser.add_argument("--parts", default=",".join(PARTS), help="what is measured; default: everything")
-    parser.add_argument("--steps", type=int, default=30, help="of a training run, with 10 of warm-up; default: 30")
+    parser.add_argument("--steps", type=int, default=20, help="of a training run, with 10 of warm-up; default: 20")
     given = parser.parse_args()
     parts = given.parts.split(",")
     if unknown := set(parts) - set(PARTS):
@@ -59,7 +60,8 @@ def main() -> None:
         parser.error(f"--steps has to be more than {WARM_UP}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     conditions = {
-        "data": f"generated conversations of 2 or 4 turns, {given.megabytes:g} MB, and sentences, a fifth of it; a "
+        "data": f"generated conversations of 2 or 4 turns, {given.megabytes:g} MB, and sentences, a third of it in a quarter of the pairs;"
+        f" a "
         f"byte-level BPE of the demo, Gemma 3's template, seq_len {conversations.SEQ_LEN}",
         "threads": f"{cores} processes of one thread each on every side; training: one thread, loading beside it",
         "flops": "none",
@@ -98,9 +100,12 @@ class Bench:
     def measure_rates(self, result: Result) -> None:
         """tokens/s of all sides, with Ray up."""
         raw = {}
-        for kind, size in (("conversations", self._given.megabytes * 1e6), ("sentences", self._given.megabytes * 2e5)):
+        for kind, share, pairs in (
+            ("conversations", 1, self._given.pairs),
+            ("sentences", 3, max(self._given.pairs // 4, 1)),
+        ):
             data = self._scratch / f"{kind}.jsonl"
-            conversations.write(data, kind, int(size), self._words)
+            conversations.write(data, kind, int(self._given.megabytes * 1e6 / share), self._words)
             texts = self._scratch / f"{kind}.texts.jsonl"
             write_texts(texts, self._settings(data, self._scratch), self._model)
             arms = {
@@ -110,11 +115,11 @@ class Bench:
                     "hf_map", data=str(data), seq_len=conversations.SEQ_LEN
                 ),
             }
-            pairs = interleaved(arms, self._given.pairs, 1, show=said)
-            same_tokens(pairs)
-            result.figures += rate_figures(kind, pairs)
+            found = interleaved(arms, pairs, 1, show=said)
+            same_tokens(found)
+            result.figures += rate_figures(kind, found)
             rows = sum(1 for _ in data.open("rb"))
-            raw[kind] = {"pairs": pairs, "rows": rows, "tokens a row": pairs[0]["ray-ft"]["tokens"] / rows}
+            raw[kind] = {"pairs": found, "rows": rows, "tokens a row": found[0]["ray-ft"]["tokens"] / rows}
         result.tables.append(rate_table(raw))
         result.raw = {**(result.raw or {}), "rates": raw}
 
@@ -254,15 +259,17 @@ def rate_figures(kind: str, pairs: Sequence[Mapping[str, Any]]) -> list[Figure]:
 
 def rate_table(raw: Mapping[str, Any]) -> Table:
     rows = [
-        [kind, f"{found['rows']:,}", f"{found['tokens a row']:.0f}", name, f"{median_rate(found['pairs'], name):,.0f}"]
+        [
+            kind,
+            f"{found['rows']:,}",
+            f"{found['tokens a row']:.0f}",
+            name,
+            f"{statistics.median(rate(pair[name]) for pair in found['pairs']):,.0f}",
+        ]
         for kind, found in raw.items()
         for name in found["pairs"][0]
     ]
     return Table("tokens/s, median", ["rows of", "rows", "tokens a row", "side", "tokens/s"], rows)
-
-
-def median_rate(pairs: Sequence[Mapping[str, Any]], name: str) -> float:
-    return Figure(name, [rate(pair[name]) for pair in pairs]).median
 
 
 def memory_figures(peaks: Mapping[str, processes.Peak]) -> list[Figure]:
