@@ -60,9 +60,8 @@ def main() -> None:
         parser.error(f"--steps has to be more than {WARM_UP}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     conditions = {
-        "data": f"generated conversations of 2 or 4 turns, {given.megabytes:g} MB, and sentences, a third of it in a quarter of the pairs;"
-        f" a "
-        f"byte-level BPE of the demo, Gemma 3's template, seq_len {conversations.SEQ_LEN}",
+        "data": f"generated conversations of 2 or 4 turns, {given.megabytes:g} MB, and sentences, a third of it in a "
+        f"quarter of the pairs; the demo's byte-level BPE, Gemma 3's template, seq_len {conversations.SEQ_LEN}",
         "threads": f"{cores} processes of one thread each on every side; training: one thread, loading beside it",
         "flops": "none",
         "clipping": "none in ingest; 1.0 in training",
