@@ -18,6 +18,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -198,10 +199,9 @@ class Renderer:
 
     def _tokens(self, encoding: Any, spans: list[tuple[int, int]], sample: Asked) -> Tokens:
         ids = np.asarray(encoding.ids, dtype=np.int32)
-        starts, ends = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
         trained = np.zeros(len(ids), dtype=bool)
         for start, end in spans:
-            trained |= ((starts >= start) | (ends > start)) & (starts < end)
+            trained[_held(encoding, start, end)] = True
         if isinstance(sample, Joined):
             if self.bos is not None and (not len(ids) or ids[0] != self.bos):
                 ids, trained = np.insert(ids, 0, self.bos), np.insert(trained, 0, False)
@@ -243,6 +243,23 @@ def paired(chosen: Tokens | Reject, rejected: Tokens | Reject) -> Tokens | Rejec
         return Reject("chosen and rejected are the same", "once they are rendered")
     ids, trained = (np.concatenate((a, b)) for a, b in ((chosen.ids, rejected.ids), (chosen.trained, rejected.trained)))
     return Tokens(ids, trained, whole=whole, rejected_at=len(chosen))
+
+
+def _held(encoding: Any, start: int, end: int) -> slice:
+    """Tokens that hold any of the characters [start, end), and those between them that hold none.
+
+    Tokens stand in the order of their characters, so both ends are found by bisection: to ask for the place of every
+    token makes a tuple of each, and takes a fifth of the time that the tokenizer does (seen).
+    """
+    place = encoding.token_to_chars  # of a token: (its first character, the one behind its last)
+
+    def reached(token: int) -> bool:
+        first, behind = place(token)
+        return first >= start or behind > start
+
+    tokens = range(len(encoding))
+    begin = bisect_left(tokens, True, key=reached)
+    return slice(begin, bisect_left(tokens, True, lo=begin, key=lambda token: place(token)[0] >= end))
 
 
 def _trained(text: str, start: int, end: int, sample: Asked) -> list[tuple[int, int]]:

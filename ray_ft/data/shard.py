@@ -46,8 +46,12 @@ class ShardWriter:
         fs, path = paths.filesystem(self._partial)
         fs.create_dir(path.rpartition("/")[0], recursive=True)
         self._stream = fs.open_output_stream(path, compression=None)
-        # Token ids compress three- to fourfold; level 1 costs less time than it saves in reading.
-        self._writer = pq.ParquetWriter(self._stream, self._schema, compression="zstd", compression_level=1)
+        # Token ids compress two- to fourfold; level 1 costs less time than it saves in reading. Their bytes one beside
+        # the other, as the upper two say little, are smaller than a dictionary of them, and written twice as fast.
+        self._writer = pq.ParquetWriter(
+            self._stream, self._schema, compression="zstd", compression_level=1, use_dictionary=False,
+            column_encoding={"input_ids.list.element": "BYTE_STREAM_SPLIT"}, write_statistics=False,
+        )  # fmt: skip
         return self
 
     def write(self, segment: Segment) -> None:

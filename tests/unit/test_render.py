@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from ray_ft.data import render as module
@@ -306,3 +309,77 @@ def test_a_damaged_tokenizer_is_refused(demo: DemoPaths, tmp_path: Path) -> None
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="no usable tokenizer"):
         load_tokenizer(str(folder))
+
+
+def _of_words() -> Tokenizer:
+    made = Tokenizer(models.WordPiece(unk_token="?"))
+    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    made.train_from_iterator(
+        CORPUS, trainers.WordPieceTrainer(vocab_size=90, special_tokens=["?"], show_progress=False)
+    )
+    return made
+
+
+def _of_bytes() -> Tokenizer:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.post_processor = processors.ByteLevel(trim_offsets=True)  # spaces belong to no token's place
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(CORPUS, trainer)
+    made.add_special_tokens(["<mark>"])
+    return made
+
+
+def _of_pieces() -> Tokenizer:
+    made = Tokenizer(models.Unigram())
+    made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("  ", " ")])
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=60, unk_token="?", special_tokens=["?"], show_progress=False)
+    made.train_from_iterator(CORPUS, trainer)
+    return made
+
+
+def _falling_back_to_bytes() -> Tokenizer:
+    vocab = {name: at for at, name in enumerate([*(f"<0x{byte:02X}>" for byte in range(256)), *"▁abo", "ab"])}
+    made = Tokenizer(models.BPE(vocab, [("a", "b")], byte_fallback=True))
+    made.normalizer = normalizers.Replace(" ", "▁")  # as Gemma's has it: no words, one text
+    return made
+
+
+CORPUS = ["the bird, the boy and the bee", "about a boat: abba, bob!", "un deux trois été"]
+
+
+@pytest.mark.parametrize("make", [_of_words, _of_bytes, _of_pieces, _falling_back_to_bytes])
+def test_the_tokens_of_an_answer_are_those_that_hold_a_character_of_it(make: Callable[[], Tokenizer]) -> None:
+    tokenizer = make()
+    pieces = [
+        "a",
+        "b",
+        "o",
+        " ",
+        "  ",
+        "\n",
+        "é",
+        "e\u0301",
+        "ﬁ",
+        "😀",
+        "👩‍🚀",
+        "the",
+        "boat",
+        "<mark>",
+        "\u200b",
+        "İ",
+        "漢",
+    ]
+    rng = random.Random(0)
+    for _ in range(300):
+        text = "".join(rng.choices(pieces, k=rng.randint(1, 12)))
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+        for start in range(len(text)):
+            for end in range(start, len(text) + 1):
+                wanted = ((starts >= start) | (ends > start)) & (starts < end)
+                found = np.zeros(len(encoding), bool)
+                found[module._held(encoding, start, end)] = True
+                np.testing.assert_array_equal(found, wanted, err_msg=f"{text!r}[{start}:{end}], {encoding.offsets}")
