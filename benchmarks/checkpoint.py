@@ -7,8 +7,8 @@ Gemma 3 whose trained weights and two AdamW moments are as large as asked. Besid
 tensors (peers/torch_checkpoints.py), and a copy of as many bytes in memory, which no safe way can undercut: what a
 thread writes while training goes on has to be a copy.
 
-What is written lies on the file system of the temporary folder. Between measurements everything is flushed to disk, so
-that none pays for what another left behind; what is read was written a moment ago, and is still in memory.
+What is written lies on the file system of the temporary folder, and is deleted once it was read; what is read was
+written a moment ago, and is still in memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import contextlib
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,139 +27,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.in_process import ROWS, SEQ_LEN, Stretch, Training
 from benchmarks.pairs import PAIRS, interleaved, ratios
 from benchmarks.peers import torch_checkpoints as peers
 from benchmarks.result import Figure, Table, options, recorded
-from ray_ft import demo, recipe
-from ray_ft.data import pack
-from ray_ft.data.render import Tokens
-from ray_ft.data.stream import Batch
-from ray_ft.paths import RunDir
-from ray_ft.strategy import Layout
-from ray_ft.train import checkpoint, worker
-from ray_ft.train.keeper import Keeper
-from ray_ft.train.loop import train_step
-from ray_ft.train.saver import Saver
 
 MIB = 512
 SIZES = (64, 256, 1024)  # MiB, of the table
-ROWS, SEQ_LEN = 4, 32  # of a step: as small as it can be while the update of the weights does not outweigh the rest
-STEPS = 12  # in a stretch of steps, while checkpoints are written or while none is
+STEPS = 10  # in a stretch of steps, with saves or without
 REPEATS = 3  # of what the table shows
 THREADS = 1  # of the training; the second core is the writer's
 BLOCKED_AIM, SLOWER_AIM = 1.2, 1.03
-
-
-class Training:
-    """A run of the product in this process, without Ray: what its loop does between two steps, and nothing else."""
-
-    def __init__(self, folder: str, mib: float) -> None:
-        made = demo.write_demo(os.path.join(folder, "demo"), rows=300, **shape(mib))
-        content = {
-            "run": {"name": "run", "storage": os.path.join(folder, "runs")},
-            "model": {"path": made.base},
-            "data": {
-                "train": [{"path": list(made.train), "format": "translation", "prompt": demo.PROMPT}],
-                "seq_len": SEQ_LEN,
-            },
-            "train": {"workers": 0, "global_batch": ROWS, "micro_batch": ROWS, "checkpoint": {"keep": 1}},
-        }
-        self._recipe = recipe.parse(content)
-        self._strategy = worker.build(self._recipe, Layout(0, 1, torch.device("cpu"), torch.float32)).strategy
-        self.folder = RunDir(self._recipe.run.dir.root).checkpoints
-        saver = Saver(self.folder, 1, 0, 1, {}, True, lambda line: sys.exit(f"a save failed: {line}"), folder)
-        self._keeper = Keeper(saver, self.spans, partial(worker.sum_over_workers, self._strategy), resting=True)
-        rng = np.random.default_rng(0)
-        samples = [Tokens(rng.integers(6, 500, SEQ_LEN).astype(np.int32), np.ones(SEQ_LEN, bool)) for _ in range(ROWS)]
-        self._batch = Batch(0, pack.pack(samples, SEQ_LEN, packing=False, pad_id=0)[0])
-        self._finished = 0
-        self.waited = 0.0  # seconds of the last step, before its update, for the copy of a save
-        self.step()  # before it, the optimizer has no moments
-
-    def spans(self) -> dict[str, Any]:
-        return worker.state(self._strategy)
-
-    def tensors(self) -> peers.State:
-        """The same tensors by the same names, for the peers."""
-        return {name: span.data.detach() for name, span in self.spans().items()}
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors().values())
-
-    def step(self) -> float:
-        """Take a step as the loop does. Returns its seconds, less those that it `waited`."""
-        began = time.perf_counter()
-        result = train_step(self._strategy, self._batch, self._recipe.train, 1e-4, self._signals)
-        self._keeper.advance(result.notes)
-        self._finished += 1
-        return time.perf_counter() - began - self.waited
-
-    def _signals(self) -> tuple[float, ...]:
-        began = time.perf_counter()
-        signals = self._keeper.signals()
-        self.waited = time.perf_counter() - began
-        return signals
-
-    def save(self) -> float:
-        """Begin a checkpoint as the loop does. Returns the seconds that this takes."""
-        began = time.perf_counter()
-        self._keeper.save(self._finished, wait=False)
-        return time.perf_counter() - began
-
-    @property
-    def pending(self) -> bool:
-        return self._keeper.saver.pending is not None
-
-    @property
-    def writing(self) -> bool:
-        """Whether the thread has not yet written its part."""
-        return self.pending and not self._keeper.signals()[0]
-
-    def settle(self) -> None:
-        """Wait until the pending checkpoint is there."""
-        self._keeper.saver.finish(self._keeper.all_reduce)
-
-    def restore(self) -> float:
-        """Find the newest checkpoint and fill the state from it, as a start of the workers does. Returns seconds."""
-        began = time.perf_counter()
-        found = checkpoint.newest(self.folder)
-        assert found is not None, "no checkpoint was written"
-        checkpoint.restore(found.location, self.spans())
-        self._strategy.restored()
-        return time.perf_counter() - began
-
-    def stretch(self, saving: bool) -> tuple[list[tuple[float, str]], float, int]:
-        """`STEPS` steps; `saving`: a save begins after the first and whenever the one before it is committed.
-
-        Returns:
-            (seconds, kind) of each step: "quiet", "written" while a save was copied and written all along, or "other";
-            the seconds of all that, and the saves in it.
-        """
-        steps: list[tuple[float, str]] = []
-        began, saves = time.perf_counter(), 0
-        for number in range(STEPS):
-            before, pending = self.writing, self.pending
-            seconds = self.step()
-            kind = "quiet" if not pending else "written" if before and self.writing else "other"
-            steps.append((seconds, kind))
-            if saving and not self.pending and number < STEPS - 1:
-                self.save()
-                saves += 1
-        seconds = time.perf_counter() - began
-        self.settle()
-        return steps, seconds, saves
-
-    def close(self) -> None:
-        self.settle()
-        self._keeper.saver.close()
-
-
-def shape(mib: float) -> dict[str, int]:
-    """Width and layers of a demo's base whose weights and two moments, float32 each, take about `mib` MiB."""
-    width = 256 if mib < 128 else 512 if mib <= 512 else 1024
-    each = 3 * 4 * width**2 + 384 * width  # of a layer: its MLP, and its attention of 4 heads of 32
-    return {"hidden_size": width, "layers": max(round((mib * 2**20 / 12 - 700 * width) / each), 1)}
 
 
 # ------------------------------------------------------------------------------------------------------ measurements
@@ -222,12 +99,6 @@ def size_of(folder: str) -> int:
     return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
 
-def settled(arm: Callable[[], Any], _: int) -> Any:
-    """What an arm gives, with nothing of the others waiting to be written to disk."""
-    os.sync()
-    return arm()
-
-
 def arms(training: Training, folder: str, asynchronous: peers.Async) -> dict[str, Callable[[int], Any]]:
     """What is compared, by name."""
     loads = {"restore": peers.torch_load, "mapped": peers.torch_load_mapped}
@@ -238,33 +109,35 @@ def arms(training: Training, folder: str, asynchronous: peers.Async) -> dict[str
         "dcp": partial(peer, peers.dcp_save, {"restore": peers.dcp_load}, training, folder),
         "async": partial(peer, asynchronous.save, {}, training, folder),
     }
-    return {name: partial(settled, arm) for name, arm in found.items()}
+    return {name: lambda _, arm=arm: arm() for name, arm in found.items()}
 
 
 def overlap(training: Training, threads: int, number: int) -> dict[str, float]:
-    """Median seconds of a step while none is saved and while a save is written all along, and what a save costs."""
+    """Of a stretch without saves and one with as many as fit: see `slowness`."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        os.sync()
-        stretches = {saving: training.stretch(saving) for saving in ((False, True) if number % 2 else (True, False))}
+        found = {saving: training.stretch(STEPS, saving) for saving in ((False, True) if number % 2 else (True, False))}
     finally:
         torch.set_num_threads(before)
-    found = medians([*stretches[False][0], *stretches[True][0]])
-    _, seconds, saves = stretches[True]
-    return found | {"cost": (seconds - STEPS * found["quiet"]) / saves}
+    return slowness(found[False], found[True])
 
 
-def medians(steps: Sequence[tuple[float, str]]) -> dict[str, float]:
-    """By kind: how long a step takes; and how many were taken beside a save.
+def slowness(quiet: Stretch, saved: Stretch) -> dict[str, float]:
+    """How steps fare beside saves.
 
-    Raises:
-        RuntimeError: no step had a save written all along, so that there is nothing to compare.
+    Returns:
+        "step": seconds of a step without; "slower": 1 + the seconds that steps beside saves took longer ÷ the seconds
+        for which saves were copied and written, which for a few percent is a step beside one ÷ a step without; "cost": what a save costs in all, in seconds; "writing": seconds for which one is copied and written.
     """
-    by_kind = {kind: [seconds for seconds, its in steps if its == kind] for kind in ("quiet", "written")}
-    if not by_kind["written"]:
-        raise RuntimeError("each save was written within one step: take a larger --mib")
-    return {kind: statistics.median(seconds) for kind, seconds in by_kind.items()} | {"steps": len(by_kind["written"])}
+    step = statistics.median(quiet.steps)
+    longer = sum(saved.steps) - step * len(saved.steps)
+    return {
+        "step": step,
+        "slower": 1 + longer / saved.writing,
+        "cost": (saved.seconds - step * len(saved.steps)) / saved.saves,
+        "writing": saved.writing / saved.saves,
+    }
 
 
 @contextlib.contextmanager
@@ -307,7 +180,7 @@ def show(pair: Mapping[str, Any]) -> str:
 
 def show_steps(pair: Mapping[str, Any]) -> str:
     return "; ".join(
-        f"{threads} threads: step {one['quiet']:.3f} s, {one['written']:.3f} s in {one['steps']} beside a save"
+        f"{threads} threads: step {one['step']:.3f} s, × {one['slower']:.3f} beside a save of {one['writing']:.2f} s"
         for threads, one in pair.items()
     )
 
@@ -320,8 +193,9 @@ def figures(found: Mapping[str, Any], steps: Mapping[int, Sequence[Mapping[str, 
 
     def slower(threads: int, **aim: float) -> Figure:
         of = f"{threads} thread{'s' * (threads > 1)} on {os.cpu_count()} cores"
-        ratio = [one["written"] / one["quiet"] for one in steps[threads]]
-        return Figure(f"a step while a save is written ÷ a step without, {of}", ratio, **aim)
+        return Figure(
+            f"a step while a save is written ÷ a step without, {of}", [one["slower"] for one in steps[threads]], **aim
+        )
 
     return [
         against("seconds blocked by a save", "a copy in memory", "blocked", at_most=BLOCKED_AIM),
@@ -389,8 +263,8 @@ def main() -> None:
         "clipping": "at 1.0, in every step",
         "padding": "none",
         "copy": "one numpy copy of as many bytes, in one piece, into memory that is there, in each pair",
-        "disk": f"a folder in {tempfile.gettempdir()}, flushed between measurements; ours also waits in its thread "
-        "until the disk has the file, the peers do not; what is read is in memory",
+        "disk": f"a folder in {tempfile.gettempdir()}, what is read is in memory; in its thread, ray-ft also "
+        "waits until the disk has the file, and computes checksums, which it checks as it reads; the peers do neither",
         "processes": "one, without Ray",
     }
     compared = (
