@@ -127,8 +127,9 @@ def slowness(quiet: Stretch, saved: Stretch) -> dict[str, float]:
     """How steps fare beside saves.
 
     Returns:
-        "step": seconds of a step without; "slower": 1 + the seconds that steps beside saves took longer ÷ the seconds
-        for which saves were copied and written, which for a few percent is a step beside one ÷ a step without; "cost": what a save costs in all, in seconds; "writing": seconds for which one is copied and written.
+        "step": seconds of a step without one; "slower": 1 + the seconds that the steps with saves took longer ÷ those
+        for which saves were copied and written, which for a few percent is a step beside one ÷ a step without; "cost":
+        seconds that a save costs in all; "writing": seconds for which one is copied and written.
     """
     step = statistics.median(quiet.steps)
     longer = sum(saved.steps) - step * len(saved.steps)

@@ -246,7 +246,7 @@ def main() -> None:
         "flops": "none",
         "clipping": "at 1.0",
         "padding": "none: packed rows",
-        "checkpoints": f"each {EVERY} steps; in the background, of torchrun's loop by torch.distributed.checkpoint.save",
+        "checkpoints": f"each {EVERY} steps; of torchrun's loop by torch.distributed.checkpoint.save",
         "the kill": f"SIGKILL to one of the workers, in turn, once {KILL_AT} steps are finished",
         "seen": f"by looking each {POLL} s; ray-ft's rows of metrics take up to 0.25 s more to arrive",
     }
