@@ -141,10 +141,17 @@ def slowness(quiet: Stretch, saved: Stretch) -> dict[str, float]:
     }
 
 
+def shape(mib: float) -> dict[str, int]:
+    """Width and layers of a demo's base whose weights and two moments, float32 each, take about `mib` MiB."""
+    width = 256 if mib < 128 else 512 if mib <= 512 else 1024
+    each = 3 * 4 * width**2 + 384 * width  # of a layer: its MLP, and its attention of 4 heads of 32
+    return {"width": width, "layers": max(round((mib * 2**20 / 12 - 700 * width) / each), 1)}
+
+
 @contextlib.contextmanager
 def training_of(mib: float) -> Iterator[tuple[Training, str]]:
     with tempfile.TemporaryDirectory(prefix="ray_ft_bench_") as folder:
-        training = Training(folder, mib)
+        training = Training(folder, **shape(mib))
         try:
             yield training, folder
         finally:

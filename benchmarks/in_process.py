@@ -39,8 +39,8 @@ class Stretch:
 class Training:
     """A run of the product in this process, without Ray: what its loop does between two steps, and nothing else."""
 
-    def __init__(self, folder: str, mib: float) -> None:
-        made = demo.write_demo(os.path.join(folder, "demo"), rows=300, **shape(mib))
+    def __init__(self, folder: str, width: int, layers: int) -> None:
+        made = demo.write_demo(os.path.join(folder, "demo"), rows=300, hidden_size=width, layers=layers)
         content = {
             "run": {"name": "run", "storage": os.path.join(folder, "runs")},
             "model": {"path": made.base},
@@ -136,10 +136,3 @@ class Training:
         self.settle()
         self._keeper.saver.close()
         shards.write = self._write
-
-
-def shape(mib: float) -> dict[str, int]:
-    """Width and layers of a demo's base whose weights and two moments, float32 each, take about `mib` MiB."""
-    width = 256 if mib < 128 else 512 if mib <= 512 else 1024
-    each = 3 * 4 * width**2 + 384 * width  # of a layer: its MLP, and its attention of 4 heads of 32
-    return {"hidden_size": width, "layers": max(round((mib * 2**20 / 12 - 700 * width) / each), 1)}
