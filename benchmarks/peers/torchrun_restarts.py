@@ -29,7 +29,7 @@ class Torchrun:
         self._progress = progress
         progress.touch()
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(workers)]
-        command += ["--master-port", "0", "--max-restarts", str(RESTARTS), str(LOOP), str(settings)]
+        command += ["--standalone", "--max-restarts", str(RESTARTS), str(LOOP), str(settings)]
         self._log = progress.with_suffix(".log").open("wb")
         self.began = time.monotonic()
         self._process = subprocess.Popen(
