@@ -32,9 +32,10 @@ class Torchrun:
         command += ["--standalone", "--max-restarts", str(RESTARTS), str(LOOP), str(settings)]
         self._log = progress.with_suffix(".log").open("wb")
         self.began = time.monotonic()
-        self._process = subprocess.Popen(
-            command, stdout=self._log, stderr=self._log, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        # Without the second, workers that are started again find the addresses of those before in torchrun's store
+        # (of 2.13), cannot connect, and use the restarts up.
+        settled = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env={**os.environ, **settled})
 
     def steps(self) -> list[int]:
         """The steps finished, those that were taken again as often as they were."""

@@ -67,11 +67,10 @@ def test_the_peer_goes_on_at_its_newest_checkpoint(demo: DemoPaths, tmp_path: Pa
         "result": str(tmp_path / "result.json"),
     }
     settings.write_text(json.dumps(content))
-    run = Torchrun(settings, progress, 1)
+    run = Torchrun(settings, progress, 2)
     try:
         run.wait("step 5", lambda: len(run.steps()) >= 5, 120)
-        [worker] = run.workers()
-        os.kill(worker, signal.SIGKILL)
+        os.kill(run.workers()[0], signal.SIGKILL)
         run.wait("step after the kill", lambda: recovery.resumed(run.steps()) is not None, 120)
         steps = run.steps()
     finally:
