@@ -1,6 +1,8 @@
-"""The peer of `launcher.py`: the same training as a plain torchrun script, with nothing of ray_ft in its loop.
+"""The peer of `launcher.py` and `recovery.py`: the same training as a plain torchrun script, nothing of ray_ft in it.
 
-Reads the packed rows from a .npz file, in the order in which ray-ft trains them, and keeps them in memory.
+Reads the packed rows from a .npz file, in the order in which ray-ft trains them, and keeps them in memory. Where the
+settings name a folder and a number of steps as "checkpoint", it saves after every so many, by PyTorch's distributed
+checkpoints, and begins at the newest; where they name a "progress" file, each finished step is written into it.
     torchrun --nproc-per-node 2 benchmarks/peers/torchrun_loop.py SETTINGS.json
 """
 
@@ -13,7 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
@@ -36,9 +40,12 @@ def main() -> None:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings["lr"], betas=(0.9, 0.95), weight_decay=0.0)
 
+    saving = settings.get("checkpoint")
+    start = restore(saving["folder"], model, optimizer) if saving else 0
+
     share = settings["global_batch"] // world
     step_seconds, losses, first = [], [], 0.0
-    for step in range(settings["steps"]):
+    for step in range(start, settings["steps"]):
         began = time.perf_counter()
         rows = slice(
             step * settings["global_batch"] + rank * share, step * settings["global_batch"] + (rank + 1) * share
@@ -58,10 +65,36 @@ def main() -> None:
         losses.append(total.item() / tokens.item())
         step_seconds.append(time.perf_counter() - began)
         first = first or time.time()
+        if "progress" in settings and rank == 0:
+            with open(settings["progress"], "a") as stream:
+                stream.write(f"{step + 1}\n")
+        if saving and (step + 1) % saving["every"] == 0:
+            save(saving["folder"], step + 1, model, optimizer)
     if rank == 0:
         with open(settings["result"], "w") as stream:
             json.dump({"step_seconds": step_seconds, "losses": losses, "first_step": first - started}, stream)
     dist.destroy_process_group()
+
+
+def save(folder: str, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=os.path.join(folder, str(step)))
+    if dist.get_rank() == 0:  # the name of the newest changes once all of it is there
+        newest = Path(folder, "newest")
+        newest.with_suffix(".new").write_text(str(step))
+        newest.with_suffix(".new").replace(newest)
+
+
+def restore(folder: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Fill both from the newest checkpoint, if there is one. Returns the steps finished."""
+    newest = Path(folder, "newest")
+    if not newest.exists():
+        return 0
+    weights, moments = get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": moments}
+    dcp.load(state, checkpoint_id=os.path.join(folder, newest.read_text()))
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return int(newest.read_text())
 
 
 main()

@@ -32,6 +32,7 @@ from ray_ft.data.lines import Reject
 from ray_ft.data.rows import Asked, Conversation, Joined, Labelled, Pair, Sample, preferred
 from ray_ft.data.vision import Vision
 from ray_ft.errors import ModelError
+from ray_ft.lean import without_unused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -301,6 +302,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: the folder holds no usable fast tokenizer.
     """
+    without_unused()
     from transformers import AutoTokenizer
 
     try:

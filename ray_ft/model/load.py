@@ -20,6 +20,7 @@ from torch import nn
 
 from ray_ft import paths
 from ray_ft.errors import ModelError
+from ray_ft.lean import without_unused
 from ray_ft.model import classify, quantize
 from ray_ft.model.adapter import stored_name
 from ray_ft.span import Span
@@ -64,6 +65,7 @@ def load_config(folder: str, labels: Sequence[str] = ()) -> PretrainedConfig:
 
 
 def _read_config(folder: str) -> PretrainedConfig:
+    without_unused()
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 

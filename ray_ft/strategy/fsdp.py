@@ -90,7 +90,8 @@ class FSDP(Direct):
 
     def _span(self, parameter: torch.Tensor) -> Span:
         assert isinstance(parameter, DTensor)
-        local = parameter.detach().to_local()
+        with torch.no_grad():  # without a node of autograd for each, which takes longer than all the rest
+            local = parameter.to_local().detach()
         row = parameter.numel() // parameter.shape[0]
         owner = self._mesh.ndim == 1 or self._mesh.get_local_rank("replicate") == 0
         return Span(local.view(-1), first_row(parameter) * row, tuple(parameter.shape), owner)

@@ -39,10 +39,11 @@ def moments(
         owner: whether this worker writes what all have whole.
     """
     create(optimizer)
+    packed = optimizer if isinstance(optimizer, Packed) else None
     found: dict[str, dict[str, Span]] = {}
     for group in optimizer.param_groups:
         for tensor in group["params"]:
-            held = optimizer.unpacked(tensor) if isinstance(optimizer, Packed) else optimizer.state[tensor]
+            held = optimizer.state[tensor] if packed is None else packed.unpacked(tensor)
             for piece in pieces(tensor):
                 found[piece.name] = dict(_of(piece, tensor, held, owner))
     return found
@@ -102,4 +103,7 @@ def create(optimizer: torch.optim.Optimizer) -> None:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this worker holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():  # without a node of autograd for each
+        return tensor.to_local()

@@ -25,16 +25,19 @@ class Keeper:
         spans: gives what a checkpoint holds; called between steps.
         all_reduce: sums a tensor over the workers.
         ledger: None: samples are not recorded.
+        resting: what a checkpoint holds changes in no step before its `signals` are asked for.
     """
 
     saver: Saver
     spans: Callable[[], Mapping[str, Span]]
     all_reduce: Callable[[torch.Tensor], torch.Tensor]
     ledger: Ledger | None = None
+    resting: bool = False
     _rows: list[dict[str, float]] = field(default_factory=list)
 
     def signals(self) -> tuple[float, ...]:
-        """Numbers whose sums over all workers `advance` wants after the step."""
+        """Numbers whose sums over all workers `advance` wants after the step; asked for before it updates anything."""
+        self.saver.await_copy()
         return self.saver.signals()
 
     def advance(self, sums: list[float]) -> None:
@@ -57,7 +60,7 @@ class Keeper:
         if self.saver.newest is not None:  # what a committed one holds is safe
             self._rows = [row for row in self._rows if row["step"] > self.saver.newest]
         ledger = self.ledger.take() if self.ledger is not None else b""
-        self.saver.begin(step, self.spans(), ledger, {METRICS: list(self._rows)})
+        self.saver.begin(step, self.spans(), ledger, {METRICS: list(self._rows)}, self.resting and not wait)
         if wait:
             self.saver.finish(self.all_reduce)
         return self.saver.newest == step

@@ -86,7 +86,8 @@ def train_step(
 
     Args:
         batch: this worker's rows of the step.
-        notes: gives numbers that travel along with a sum over the workers that is needed anyway, late in the step.
+        notes: gives numbers that travel along with a sum over the workers that is needed anyway, late in the step;
+            asked before anything is updated (but see optimizer.in_backward).
         order: whose sources' losses are told apart; None: they are not.
 
     Raises:

@@ -1,6 +1,7 @@
-"""Checkpoints behind the back of the training loop, which is blocked only while its state is copied to host memory.
+"""Checkpoints behind the back of the training loop, which waits at most while its state is copied to host memory.
 
-`begin` copies what this worker owns; a thread writes the copy. The threads talk to nobody: that all workers have
+`begin` has what this worker owns copied, beside the next forward and backward pass where these leave it as it is, and
+a thread writes the copy. The threads talk to nobody: that all workers have
 written travels as three numbers in an all-reduce that the loop makes in each step anyway, and what they have written
 lies beside it in storage, as ``part_00000.json``. So workers always agree on which save is pending, and no collective
 waits in a thread. Then rank 0's thread reads the parts and commits.
@@ -55,7 +56,7 @@ class Saver:
         newest: step of the newest committed checkpoint.
         failed_in_a_row: saves that were abandoned since the last one that was committed.
         last_error: why the last of them was.
-        blocked_seconds: for which the last save kept training waiting.
+        blocked_seconds: for which the last save kept training waiting, `await_copy` included.
     """
 
     def __init__(
@@ -86,13 +87,19 @@ class Saver:
         self._leftovers: list[str] | None = None
 
     def begin(
-        self, step: int, spans: Mapping[str, Span], ledger: bytes = b"", notes: Mapping[str, Any] | None = None
+        self,
+        step: int,
+        spans: Mapping[str, Span],
+        ledger: bytes = b"",
+        notes: Mapping[str, Any] | None = None,
+        resting: bool = False,
     ) -> None:
         """Start to save a step; nothing may be pending. What fails shows in `signals`, as the other workers must know.
 
         Args:
             ledger: this worker's lines since the last `begin`; those of a save that fails go with the next one.
             notes: what state.json holds beside `details`; rank 0's counts.
+            resting: the caller changes no span before it has called `await_copy`; the thread copies them meanwhile.
         """
         assert self.pending is None, "a save is pending"
         began = time.perf_counter()
@@ -105,10 +112,16 @@ class Saver:
         else:
             self._stuck = None
             try:
-                save.spans = self._host.copy(spans) if self._background else shards.owned(spans)
+                if self._background:
+                    save.copy = self._host.prepare(spans)
+                    if not resting:
+                        save.take_copy()
+                else:
+                    save.spans = shards.owned(spans)
                 save.thread.start()
             except (RuntimeError, MemoryError) as error:  # no memory for the copy, or no thread
                 save.fail(f"its copy in host memory: {first_line(error)}")
+                save.copied.set()
         self.blocked_seconds = time.perf_counter() - began
 
     def _next_attempt(self) -> str:
@@ -120,6 +133,15 @@ class Saver:
             self._attempt = drawn[0]
         self._saves += 1
         return f"{self._attempt}{self._saves:04x}"
+
+    def await_copy(self) -> None:
+        """Wait until the pending save needs the spans no longer: from here on they may be changed."""
+        save = self._save
+        if save is None or save.copy is None:
+            return
+        began = time.perf_counter()
+        save.copied.wait()
+        self.blocked_seconds += time.perf_counter() - began
 
     def signals(self) -> tuple[float, float, float]:
         """(written, failed, committed) of this worker's part in the pending save, 0 or 1 each."""
@@ -220,6 +242,8 @@ class _Save:
         self.saver, self.location, self.step, self.ledger, self.details = saver, location, step, ledger, details
         self.rank = saver._rank
         self.spans: dict[str, Span] = {}
+        self.copy: Callable[[], dict[str, Span]] | None = None  # taken once, here or in the thread
+        self.copied = threading.Event()
         self.written = self.failed = self.committed = False
         self.reason: str | None = None
         self.heard = time.monotonic()
@@ -261,7 +285,20 @@ class _Save:
         at_work = not self.written or (self._verdict is _Verdict.COMMIT and not self.committed)
         return at_work and not self.failed
 
+    def take_copy(self) -> None:
+        assert self.copy is not None
+        try:
+            self.spans = self.copy()
+        finally:
+            self.copied.set()  # whoever waits for it has to hear also that there is none
+
     def _run(self) -> None:
+        if self.copy is not None and not self.copied.is_set():
+            try:
+                self.take_copy()
+            except (RuntimeError, MemoryError) as error:
+                self.fail(f"its copy in host memory: {first_line(error)}")
+                return
         try:
             self._write()
             self.written = True
@@ -393,8 +430,8 @@ class _HostCopy:
             torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
         self._buffer, self._pinned = torch.empty(0, dtype=torch.uint8), False
 
-    def copy(self, spans: Mapping[str, Span]) -> dict[str, Span]:
-        """Copies of what this worker owns of `spans`; the next call overwrites them."""
+    def prepare(self, spans: Mapping[str, Span]) -> Callable[[], dict[str, Span]]:
+        """What gives copies of what this worker owns of `spans`, in any thread; the next ones overwrite them."""
         mine = shards.owned(spans)
         size = sum(span.data.nbytes for span in mine.values())
         device = next((span.data.device for span in mine.values() if span.data.is_cuda), None)
@@ -405,16 +442,20 @@ class _HostCopy:
                 self._pin()
         side = torch.cuda.Stream(device) if device is not None else None
         if side is not None:
-            side.wait_stream(torch.cuda.current_stream(device))
-        copies, at = {}, 0
-        with torch.cuda.stream(side) if side is not None else contextlib.nullcontext():
-            for name, span in mine.items():
-                data = self._buffer[at : at + span.data.nbytes].view(span.data.dtype)
-                data.copy_(span.data.detach(), non_blocking=side is not None)
-                copies[name] = Span(data, span.start, span.shape)
-                at += span.data.nbytes
-        if side is not None:
-            side.synchronize()
+            side.wait_stream(torch.cuda.current_stream(device))  # here: what is computed later is not waited for
+
+        def copies() -> dict[str, Span]:
+            found, at = {}, 0
+            with torch.cuda.stream(side) if side is not None else contextlib.nullcontext():
+                for name, span in mine.items():
+                    data = self._buffer[at : at + span.data.nbytes].view(span.data.dtype)
+                    data.copy_(span.data.detach(), non_blocking=side is not None)
+                    found[name] = Span(data, span.start, span.shape)
+                    at += span.data.nbytes
+            if side is not None:
+                side.synchronize()
+            return found
+
         return copies
 
 

@@ -179,7 +179,8 @@ def run(
         )
     ) as saver:
         ledger = Ledger() if recipe.data.ledger else None
-        keeper = Keeper(saver, partial(state, strategy), partial(sum_over_workers, strategy), ledger)
+        resting = not recipe.train.optimizer.in_backward
+        keeper = Keeper(saver, partial(state, strategy), partial(sum_over_workers, strategy), ledger, resting)
         meter = Meter(layout, built.flops_per_token)
         finished, asked = train(
             strategy, batches, order, held_out, recipe.train, start, total, keeper, link, meter, objective.of(recipe)

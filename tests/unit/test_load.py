@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -164,6 +166,19 @@ def refused(folder: Path, *words: str) -> ModelError:
         assert word in str(caught.value)
     assert caught.value.ways_out
     return caught.value
+
+
+def test_a_model_is_built_without_packages_that_take_seconds_to_import(demo: DemoPaths) -> None:
+    code = f"""
+import sys
+from ray_ft.data.render import load_tokenizer
+from ray_ft.model import load
+load_tokenizer({demo.base!r})
+load.build(load.load_config({demo.base!r}))
+print({{"sklearn", "scipy", "transformers.generation.candidate_generator"}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'transformers.generation.candidate_generator'}"
 
 
 def test_missing_key(broken: Callable[[str], Path]) -> None:

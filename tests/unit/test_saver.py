@@ -19,6 +19,7 @@ from distributed import run
 from ray_ft import paths, retry
 from ray_ft.span import Span
 from ray_ft.train import checkpoint, saver, shards
+from ray_ft.train.keeper import Keeper
 from ray_ft.train.saver import Saver
 
 SIZE = 4099  # elements; a prime, so that no cut is even
@@ -322,6 +323,46 @@ def test_a_fault_of_any_other_kind_is_told_and_training_goes_on(
         assert keeper.last_error == "worker 0: its copy in host memory: MemoryError"
     save(keeper, 3)
     assert (keeper.newest, keeper.failed_in_a_row) == (3, 0)
+
+
+def test_the_copy_is_made_beside_the_next_step_and_is_there_before_it_updates_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computing, real = threading.Event(), saver._HostCopy.prepare
+
+    def slow(host: Any, spans: Any) -> Any:
+        copy = real(host, spans)
+        return lambda: (computing.wait(60), copy())[1]
+
+    monkeypatch.setattr(saver._HostCopy, "prepare", slow)
+    written, _ = make(tmp_path)
+    spans = state_of(0, 1, 1)
+    keeper = Keeper(written, lambda: spans, total, resting=True)
+    assert not keeper.save(1, wait=False)
+    assert written._save is not None and not written._save.copied.is_set()  # training goes on meanwhile
+    threading.Timer(0.1, computing.set).start()
+    keeper.signals()
+    for span in spans.values():
+        span.data.add_(1)
+    assert keeper.save(2, wait=True)
+    assert checkpoint.steps(str(tmp_path)) == [1, 2]
+    for step, location in checkpoint.committed(str(tmp_path)):
+        check(location, step)
+
+
+def test_a_copy_beside_a_step_that_finds_no_memory_is_told_and_nobody_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> Any:
+        raise MemoryError
+
+    keeper, lines = make(tmp_path)
+    monkeypatch.setattr(saver._HostCopy, "prepare", lambda host, spans: full)
+    keeper.begin(1, state_of(0, 1, 1), resting=True)
+    keeper.await_copy()
+    keeper.finish(total)
+    assert keeper.last_error == "worker 0: its copy in host memory: MemoryError" and len(lines) == 1
+    assert names(tmp_path) == []
 
 
 def test_a_call_to_storage_that_does_not_return_stops_no_training(
