@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.parts import PARTS
-from benchmarks.result import options, recorded
+from benchmarks.result import recorded
 
 #: Module → what pip calls it. Without these nothing of the product can be imported.
 NEEDED = {
@@ -56,16 +58,16 @@ def main() -> None:
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
-    parser = options(__doc__, 0)
-    for action in [one for one in parser._actions if one.dest == "pairs"]:
-        parser._remove_action(action)  # nothing is compared in pairs
-        del parser._option_string_actions["--pairs"]
-    parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="NAME", help="which parts")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--part", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="NAME", help="which parts"
+    )
     parser.add_argument("--minutes", type=float, default=10, help="for all of it; default: 10")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"timed steps of each case; default: {STEPS}")
+    parser.add_argument("--to", type=Path, help="file of the result; default: it is only printed")
     parser.add_argument("--tiny", action="store_true", help="hardly any weights; figures mean nothing")
     given = parser.parse_args(arguments)
-    given.pairs = 0
+    given.pairs = 0  # nothing is compared in pairs
     given.part = [name for name in PARTS if name in given.part]
     return given
 
@@ -82,6 +84,7 @@ def conditions(given: argparse.Namespace) -> dict[str, Any]:
         ),
         "clipping": "at 1.0 where the update comes after the backward pass, none within it",
         "padding": "none",
+        "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or "PyTorch's default",
         "steps": f"{given.steps} timed after 3, each waited for on the device",
     }
 

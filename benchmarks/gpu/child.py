@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
             out.write(json.dumps({"part": name, **row}) + "\n")
             out.flush()
 
-        where = device if part.gpu else "cpu"
+        where = {"cuda": "cuda:0"}.get(device, device) if part.gpu else "cpu"
         if part.gpu:
             import torch
 

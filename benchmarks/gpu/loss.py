@@ -48,7 +48,9 @@ def measure(setting: Setting) -> None:
     ways: dict[str, Callable[[], torch.Tensor]] = {
         f"ray-ft, {chunk} targets at once": lambda: LossModel(model, chunk)(ids, positions, ids).sum(),
         "ray-ft, all targets at once": lambda: LossModel(model, tokens)(ids, positions, ids).sum(),
-        "transformers' own": lambda: model(input_ids=ids, position_ids=positions, labels=ids).loss * (tokens - len(ids)),
+        "transformers' own": lambda: (
+            model(input_ids=ids, position_ids=positions, labels=ids).loss * (tokens - len(ids))
+        ),
     }
     for name, way in ways.items():
         try:

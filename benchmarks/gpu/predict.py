@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu.cases import ABLATION, TRAINED, Case, config_of, recipe_of, tiny
@@ -50,7 +50,7 @@ def all_cases(setting: Setting) -> None:
 def longest(case: Case, limit: float, small: bool = False) -> int:
     """Tokens of a row with which the plan's total comes to `limit` bytes, by its growth between two lengths."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def total(seq_len: int) -> float:
         return float(planned(replace(case, seq_len=seq_len), small).memory.total)
 

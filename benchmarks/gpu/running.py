@@ -66,13 +66,10 @@ def run(
         def start(name: str, limit: float) -> _Running:
             rows, log = Path(scratch, f"{name}.jsonl"), Path(scratch, f"{name}.log")
             rows.touch()
-            command = [sys.executable, "-m", "benchmarks.gpu.child", name, str(rows), f"{limit:.1f}", device, str(steps)]
-            command += ["small"] if small else []
+            command = child_command(name, str(rows), f"{limit:.1f}", device, str(steps), *["small"] * small)
             environment = dict(os.environ)
             if device == "cuda" and not parts[name].gpu:
                 environment["CUDA_VISIBLE_DEVICES"] = ""  # a context would take memory from the others
-            # Rows of one length after another: without it the allocator keeps pieces that fit none of the next.
-            environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
             with log.open("wb") as out:
                 process = subprocess.Popen(
                     command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -85,7 +82,9 @@ def run(
             for name in (name for name in names if parts[name].gpu):
                 left = deadline - time.monotonic() - GRACE
                 if left < parts[name].least:
-                    why = f"did not fit in the time: {max(left, 0):.0f} s were left, and it needs {parts[name].least:.0f}"
+                    why = (
+                        f"did not fit in the time: {max(left, 0):.0f} s were left, and it needs {parts[name].least:.0f}"
+                    )
                     found.append({"part": name, "why": why})
                     continue
                 print(f"{name}: {parts[name].does} …", file=sys.stderr, flush=True)
@@ -102,6 +101,11 @@ def run(
                     one.kill()
                     one.process.wait()
     return found
+
+
+def child_command(name: str, rows: str, *more: str) -> list[str]:
+    """What runs a part; see `child`."""
+    return [sys.executable, "-m", "benchmarks.gpu.child", name, rows, *more]
 
 
 def brief(row: dict[str, Any]) -> str:

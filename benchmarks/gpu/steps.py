@@ -65,6 +65,7 @@ class Built:
         self.recipe = recipe_of(case, folder, steps)
         self.words = config.get_text_config().vocab_size
         patches.before(case.patches)
+        torch.manual_seed(self.recipe.run.seed)
         self.layout = Layout(0, 1, device, torch.bfloat16)  # also on CPU: the code that a GPU runs
         self.built = worker.build(self.recipe, self.layout, base=random_weights)
         patches.after(case.patches, self.built.strategy.module)

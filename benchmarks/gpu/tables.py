@@ -49,7 +49,7 @@ def fill(result: Result, rows: Sequence[Row]) -> None:
 
 
 def _failed(row: Row) -> bool:
-    return "why" in row and "tokens" not in row  # a length that does not fit is what was looked for
+    return "why" in row and "tokens" not in row  # a length that does not fit has its place in a table
 
 
 def of(rows: Sequence[Row], *parts: str) -> list[Row]:
@@ -90,7 +90,9 @@ def _products(result: Result, rows: Sequence[Row], top: float | None) -> None:
 
 
 def _training(result: Result, rows: Sequence[Row], top: float | None) -> None:
-    found = {row["case"]: row for row in of(rows, "lora27", "full27", "full27-8bit", "full4", "full12") if "flops" in row}
+    found = {
+        row["case"]: row for row in of(rows, "lora27", "full27", "full27-8bit", "full4", "full12") if "flops" in row
+    }
     lora = [found[case.name] for case in LORA_CASES if case.keys and case.name in found]
     if lora and top:
         best = max(lora, key=lambda row: statistics.median(shares(row, top)))
@@ -214,6 +216,17 @@ def _ablation(result: Result, rows: Sequence[Row], top: float | None) -> None:
         lines.append((case.name, "" if case.keys else "no key of a recipe", ratio, *line[5:7], line[8], *line[11:]))
     if lines:
         first = ABLATION[0]
-        title = f"What each thing brings: LoRA of 4B, {first.rows} × {first.seq_len} tokens a step, {first.micro} at once"
-        columns = ("", "", "tokens/s ÷ the first", "s a step", "tokens/s", "of the ceiling", "GiB in tensors", "GiB held")
+        title = (
+            f"What each thing brings: LoRA of 4B, {first.rows} × {first.seq_len} tokens a step, {first.micro} at once"
+        )
+        columns = (
+            "",
+            "",
+            "tokens/s ÷ the first",
+            "s a step",
+            "tokens/s",
+            "of the ceiling",
+            "GiB in tensors",
+            "GiB held",
+        )
         result.tables.append(Table(title, columns, lines))

@@ -32,7 +32,7 @@ def enable(model: PreTrainedModel, setting: bool | float) -> None:
     layers = [layer for layer in decoder_layers(model) if id(layer) in text]
     if not layers or not all(hasattr(layer, "gradient_checkpointing") for layer in layers):
         raise ModelError(
-            f"train.gradient_checkpointing = {setting:g}: a {type(model).__name__} recomputes all of its layers or none",
+            f"train.gradient_checkpointing = {setting:g}: {type(model).__name__} recomputes all layers or none",
             ["train.gradient_checkpointing=true", "train.gradient_checkpointing=false"],
         )
     for layer in layers[recomputed(len(layers), setting) :]:
