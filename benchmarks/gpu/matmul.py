@@ -65,20 +65,19 @@ def measure(setting: Setting) -> None:
     of its products' FLOPs they are)."""
     device = torch.device(setting.device)
     squares = (64, 128) if setting.small else SQUARES
-    for size in squares:
-        shape = (size, size, size)
-        rate = timed(shape, device, 0.01 if setting.small else 1.5)
-        setting.emit({"shape": shape, "name": "square", "rate": rate})
+    for side in squares:
+        rate = timed((side, side, side), device, 0.01 if setting.small else 1.5)
+        setting.emit({"shape": [side] * 3, "name": "square", "rate": rate})
     for size in reversed(SIZES):
         products = layer_products(config_of(size, setting.small), 64 if setting.small else TOKENS)
         whole = sum(rows * inner * columns * times for rows, inner, columns, times in products.values())
-        for name, (*shape, times) in products.items():
+        for name, (rows, inner, columns, times) in products.items():
             if setting.left < 2:
                 setting.emit({"name": name, "model": size, "why": "the time was over"})
                 continue
-            rows, inner, columns = shape
             rate = timed((rows, inner, columns), device, 0.01 if setting.small else 0.4)
             share = rows * inner * columns * times / whole
+            shape = [rows, inner, columns]
             setting.emit({"shape": shape, "name": name, "model": size, "rate": rate, "share": share})
 
 

@@ -136,15 +136,16 @@ def _serving(setting: Setting) -> None:
 #: whole is left out from the end.
 PARTS: dict[str, Part] = {
     "matmul": Part(45, 15, "matrix products alone: the ceiling", _matmul),
-    "lora27": Part(130, 45, "LoRA of 27B at 4,096 tokens", _cases(lambda c: c.LORA_CASES)),
+    "lora27": Part(75, 40, "LoRA of 27B at 4,096 tokens", _cases(lambda c: c.LORA_CASES[:1])),
     "full27": Part(150, 90, "27B in full on one GPU, Adafactor", _cases(lambda c: [c.FULL_27B])),
     "full27-8bit": Part(150, 25, "27B in full on one GPU, 8-bit AdamW", _cases(lambda c: [c.FULL_27B_8BIT])),
-    "full4": Part(75, 40, "4B in full", _cases(lambda c: [c.FULL_4B])),
     "full12": Part(110, 60, "12B in full", _cases(lambda c: [c.FULL_12B])),
+    "full4": Part(60, 30, "4B in full", _cases(lambda c: [c.FULL_4B])),
     "loss": Part(35, 20, "the loss in chunks and whole", _loss),
+    "lora27-ways": Part(130, 45, "LoRA of 27B, attention and compiling otherwise", _cases(lambda c: c.LORA_CASES[1:])),
     "ablation": Part(180, 40, "what each thing brings, on LoRA of 4B", _cases(lambda c: c.ABLATION)),
-    "longest-lora": Part(100, 50, "the longest row of 27B with LoRA", _longest(lambda c: c.LONG_LORA)),
-    "longest-full": Part(100, 50, "the longest row of 27B in full", _longest(lambda c: c.LONG_FULL)),
+    "longest-lora": Part(180, 60, "the longest row of 27B with LoRA", _longest(lambda c: c.LONG_LORA)),
+    "longest-full": Part(180, 60, "the longest row of 27B in full", _longest(lambda c: c.LONG_FULL)),
     "serving": Part(240, 60, "our server against vLLM's own", _serving),
     "plan": Part(300, 30, "what `ray-ft plan` says of all of them", _plan, gpu=False),
 }

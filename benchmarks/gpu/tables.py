@@ -91,7 +91,9 @@ def _products(result: Result, rows: Sequence[Row], top: float | None) -> None:
 
 def _training(result: Result, rows: Sequence[Row], top: float | None) -> None:
     found = {
-        row["case"]: row for row in of(rows, "lora27", "full27", "full27-8bit", "full4", "full12") if "flops" in row
+        row["case"]: row
+        for row in of(rows, "lora27", "lora27-ways", "full27", "full27-8bit", "full12", "full4")
+        if "flops" in row
     }
     lora = [found[case.name] for case in LORA_CASES if case.keys and case.name in found]
     if lora and top:
@@ -129,7 +131,7 @@ def _line(case: Case, row: Row, top: float | None) -> tuple[str, ...]:
     return (
         case.name, case.said, f"{case.rows} × {row['tokens'] // case.rows}", str(row["clip"] or "none"),
         row["attention"].removeprefix("attention: ").split(",")[0].split(":")[0],
-        spread(row["step_seconds"]), f"{row['tokens'] / middle:,.0f}",
+        f"{spread(row['step_seconds'])} × {len(row['step_seconds'])}", f"{row['tokens'] / middle:,.0f}",
         f"{row['flops'] / 1e9:.1f}", share(row["flops"]), f"{both / 1e9:.1f}", share(both),
         *(f"{row[key] / GIB:.1f}" if key in row else "" for key in ("allocated", "reserved")),
     )  # fmt: skip
@@ -192,14 +194,14 @@ def _plan(result: Result, rows: Sequence[Row]) -> None:
         columns = ("case", "GiB planned", "GiB measured", "")
         result.tables.append(Table("Memory in tensors: ray-ft plan (without context and slack)", columns, lines))
     plans = [row for row in of(rows, "plan") if "total" in row]
-    lines = [
+    said = [
         (row["case"], f"{row['total'] / GIB:.1f}", "yes" if row["fits"] else "no", row["fullest"],
          f"{row['tokens_per_second']:,.0f}")
         for row in plans
     ]  # fmt: skip
-    if lines:
-        columns = ("case", "GiB of the GPU", "fits one H200", "fullest", "tokens/s")
-        result.tables.append(Table("What ray-ft plan says", columns, lines))
+    if said:
+        columns = ("case", "GiB of the GPU", "fits one H200 and its host", "fullest", "tokens/s")
+        result.tables.append(Table("What ray-ft plan says", columns, said))
 
 
 def _ablation(result: Result, rows: Sequence[Row], top: float | None) -> None:
