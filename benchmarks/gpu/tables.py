@@ -200,8 +200,8 @@ def _plan(result: Result, rows: Sequence[Row]) -> None:
         for row in plans
     ]  # fmt: skip
     if said:
-        columns = ("case", "GiB of the GPU", "fits one H200 and its host", "fullest", "tokens/s")
-        result.tables.append(Table("What ray-ft plan says", columns, said))
+        heads = ("case", "GiB of the GPU", "fits one H200 and its host", "fullest", "tokens/s")
+        result.tables.append(Table("What ray-ft plan says", heads, said))
 
 
 def _ablation(result: Result, rows: Sequence[Row], top: float | None) -> None:

@@ -172,7 +172,7 @@ def test_a_length_that_runs_out_of_memory_is_a_row_and_the_search_goes_on(
         return real(self, count, seq_len, *more, **named)
 
     monkeypatch.setattr(steps.Built, "run", planted)
-    monkeypatch.setattr(longest, "longest", lambda *_: 128)
+    monkeypatch.setattr(longest, "longest", lambda *_: 256)  # half of it is tried first
     one, rows = setting(tmp_path)
     longest.measure(one, LONG_FULL)
     assert [(row["tokens"], row["fits"]) for row in rows[:-1]] == [(128, False), (64, True), (96, True), (112, False)]
