@@ -177,7 +177,7 @@ def said(result: Result) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
     conditions = "; ".join(f"{name}: {value}" for name, value in result.conditions.items())
     devices = f", {about['gpu']}" if about.get("gpu") else ""
-    took = f"{result.pairs} pairs in {result.seconds / 60:.1f} min"
+    took = f"{result.pairs} pairs in " * bool(result.pairs) + f"{result.seconds / 60:.1f} min"
     return (
         f"{took}, {result.began[:10]}, commit {result.commit}; {conditions}. "
         f"{about['cores']} × {about['cpu']}, {about['memory_gib']} GiB{devices}; load average {result.load[0]} before, "

@@ -383,7 +383,7 @@ def fill(model: PreTrainedModel, folder: str, spans: Mapping[str, Span]) -> None
                         run.copy_(read)
                     elif not torch.equal(run, read.to(run)):
                         raise _untied(name, tied[name], path)
-    _compute_buffers(model)
+    compute_buffers(model)
 
 
 def _check_shape(source: Any, shape: tuple[int, ...], name: str, path: str) -> None:
@@ -416,7 +416,8 @@ def _untied(name: str, source: str, path: str) -> ModelError:
     )
 
 
-def _compute_buffers(model: PreTrainedModel) -> None:
+def compute_buffers(model: PreTrainedModel) -> None:
+    """Give a model whose parameters are filled the buffers that no checkpoint holds; nothing else is touched."""
     # The family's own initialisation computes them; marking what was loaded keeps it from touching anything else.
     for tensor in [*model.parameters(), *_persistent_buffers(model).values()]:
         tensor._is_hf_initialized = True

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ray_ft.model import recompute
 from ray_ft.plan import optimizer
 from ray_ft.plan.cut import FP32, Cut
 from ray_ft.plan.fleet import GIB, Constants, Fleet
@@ -97,13 +98,20 @@ def estimate(
     kept = next((p.itemsize for p in shapes.parameters if p.trained), shapes.compute)
     # FSDP and ZeRO compute with copies in the precision of the computation; without sharding autocast makes them.
     trained = (torch.float32 if kept == FP32 else torch.bfloat16) if train.strategy == "none" else compute
-    numbers = Numbers(compute, trained, train.gradient_checkpointing)
+    setting = train.gradient_checkpointing
+    numbers = Numbers(compute, trained, bool(setting))
+    # Of layers that are recomputed, and of the others.
+    first, others = (
+        tracer.activations(Numbers(compute, trained, checkpointing), train.micro_batch)
+        for checkpointing in (bool(setting), setting is True)
+    )
     tokens = train.micro_batch * recipe.data.seq_len
     step = _Step(
         shapes,
         train,
         Cut.of(train, fleet.nodes if fleet else 1),
-        tracer.activations(numbers, train.micro_batch),
+        first,
+        others,
         tracer.loss(numbers, tokens, train.loss_chunk),
     )
     phases = dict(step.phases())
@@ -169,12 +177,16 @@ def could_fit(shapes: Shapes, recipe: Recipe, fleet: Fleet) -> bool:
 
 @dataclass
 class _Step:
-    """One step of training on the fullest worker, phase by phase."""
+    """One step of training on the fullest worker, phase by phase.
+
+    `trace` is of layers as the first ones are run, `others` as those behind the share that is recomputed.
+    """
 
     shapes: Shapes
     train: Train
     cut: Cut
     trace: Trace
+    others: Trace
     loss: tuple[float, float]
 
     def __post_init__(self) -> None:
@@ -187,7 +199,11 @@ class _Step:
         head, embedding = (shapes.named(name) for name in shapes.head)
         self.head_gradient = head.numel if head.trained else 0
         self.embedding_gradient = embedding.numel if embedding.trained else 0
-        self.blocks = [self.trace.blocks[shapes.blocks[index]] for index in self.text]
+        again = recompute.recomputed(len(self.text), self.train.gradient_checkpointing)
+        self.blocks = [
+            (self.trace if at < again else self.others).blocks[shapes.blocks[index]]
+            for at, index in enumerate(self.text)
+        ]
         self.later = [0.0, *itertools.accumulate(block.kept_later for block in self.blocks)]
         self.now = [0.0, *itertools.accumulate(block.kept for block in self.blocks)]
         self.accumulates = self.train.accumulation > 1
@@ -289,7 +305,7 @@ class _Step:
     def _loss(self) -> Iterator[Parts]:
         gathered = self._unsharded(ROOT) + self._in_flight(self.text[-1]) + self._stays(self.text)
         before = self._before()
-        around = self.trace.before + self.trace.after
+        around = self.trace.before + self.others.after
         for kept, logits in zip((self.now[-1], self.later[-1]), self.loss, strict=True):
             yield self._with(gathered=gathered, gradients=before, activations=around + kept, logits=logits)
 

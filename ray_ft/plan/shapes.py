@@ -198,7 +198,7 @@ def read(model: PreTrainedModel, recipe: Recipe, compute: torch.dtype, quantized
         head=(names[id(head)], names[id(embedding)]),
         text_flops=flops_per_token(model),
         text_weights=sum(p.numel() for unit in text_units for p in unit.parameters() if p.dim() >= 2),
-        attention=tuple(_attention(model.config.get_text_config(), recipe.data.seq_len)),
+        attention=tuple(attended(model.config.get_text_config(), recipe.data.seq_len)),
     )
 
 
@@ -206,7 +206,8 @@ def _kind(unit: nn.Module) -> tuple[Any, ...]:
     return tuple((name, tuple(p.shape), p.requires_grad) for name, p in unit.named_parameters())
 
 
-def _attention(config: Any, seq_len: int) -> Iterable[tuple[int, int]]:
+def attended(config: Any, seq_len: int) -> Iterable[tuple[int, int]]:
+    """`Shapes.attention` of a language model's config, a layer after the other."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     for kind in kinds:

@@ -6,6 +6,7 @@ micro-batch; nothing is counted for reading data, evaluating and saving. Read it
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ray_ft.plan.cut import FP32, Cut
@@ -46,7 +47,7 @@ def estimate(shapes: Shapes, recipe: Recipe, fleet: Fleet, prices: Prices) -> Sp
     world = train.world_size
     scores = attention_flops(shapes, recipe.data.seq_len)
     useful = shapes.text_flops + 3 * scores
-    passes = train.gradient_checkpointing + asks_twice(recipe)  # forwards, beside the one that learns
+    passes = float(train.gradient_checkpointing) + asks_twice(recipe)  # forwards, beside the one that learns
     again = passes * (2 * shapes.text_weights + scores)
     factor = prices.utilisation.get(train.strategy, 1.0)
     if recipe.model.quantize:
@@ -73,9 +74,14 @@ def asks_twice(recipe: Recipe) -> bool:
 
 
 def attention_flops(shapes: Shapes, seq_len: int) -> float:
-    """FLOPs per token of attention scores and their sums, forwards: 4 × width × places attended to, on average."""
+    """FLOPs per token of attention scores and their sums, forwards."""
+    return score_flops(shapes.attention, seq_len)
+
+
+def score_flops(attention: Iterable[tuple[int, int]], seq_len: int) -> float:
+    """The same of layers as `Shapes.attention` has them: 4 × width × places attended to, on average."""
     total = 0.0
-    for window, width in shapes.attention:
+    for window, width in attention:
         places = window - window * (window - 1) / (2 * seq_len)  # the first of a row have fewer behind them
         total += 4 * width * places
     return total

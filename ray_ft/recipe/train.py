@@ -154,8 +154,9 @@ class Train(Section):
     schedule: Schedule = Schedule()
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest global norm of the gradient; null: no clipping."""
-    gradient_checkpointing: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    gradient_checkpointing: bool | Annotated[float, Field(gt=0, lt=1)] = False
+    """Recompute each layer in the backward pass instead of keeping its activations; a number: only that share of the
+    language model's layers, the first ones, so that the memory that is left saves time."""
     loss_chunk: Annotated[int, Field(ge=1)] = 1024
     """Target tokens whose logits exist at once; the rest of the vocabulary × sequence never materialises."""
     preference: Preference = Preference()

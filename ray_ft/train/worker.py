@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,7 +19,7 @@ from ray_ft.data.order import ORDER, Order
 from ray_ft.data.prepare import Prepared, Split
 from ray_ft.data.stream import Batch, ahead
 from ray_ft.errors import CheckpointError
-from ray_ft.model import adapt, adapter, attention, load, quantize
+from ray_ft.model import adapt, adapter, attention, load, quantize, recompute
 from ray_ft.model.flops import flops_per_token
 from ray_ft.model.loss import decoder_layers
 from ray_ft.recipe import Recipe
@@ -31,6 +31,9 @@ from ray_ft.train.loop import Ask, Link, train
 from ray_ft.train.metrics import Meter
 from ray_ft.train.saver import Saver
 from ray_ft.train.schedule import total_steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -241,11 +244,16 @@ class Built:
     flops_per_token: float
 
 
-def build(recipe: Recipe, layout: Layout, counts: Counts | None = None) -> Built:
+#: Gives a laid-out model the base's weights: (model, its folder, this worker's spans), as `load.fill`.
+Fill = Callable[["PreTrainedModel", str, Mapping[str, Span]], None]
+
+
+def build(recipe: Recipe, layout: Layout, counts: Counts | None = None, base: Fill = load.fill) -> Built:
     """The recipe's model, laid out over the workers, with the base's weights and a new optimizer, ready to train.
 
     Args:
         counts: of the training rows; labels are weighted by them.
+        base: where the base's weights come from, if not from its folder.
     """
     if recipe.model.quantize:
         quantize.check(layout.device.type)
@@ -256,13 +264,12 @@ def build(recipe: Recipe, layout: Layout, counts: Counts | None = None) -> Built
     model = load.build(config, chosen.implementation)
     weights = WEIGHTS[recipe.train.optimizer.weights]
     adapted = adapt.adapt(model, recipe.model, weights, layout.dtype, images=images)
-    if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute.enable(model, recipe.train.gradient_checkpointing)
     flops = flops_per_token(model)  # before a strategy cuts the parameters up
     module = objective.of(recipe).module(model, recipe, counts)
 
     def fill(spans: Mapping[str, Span]) -> None:
-        load.fill(model, folder, spans)
+        base(model, folder, spans)
         if recipe.model.adapter:
             adapter.initialise(model, spans, recipe.run.seed)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ray_ft import recipe as recipes
-from ray_ft.model import adapt
+from ray_ft.model import adapt, recompute
 from ray_ft.model.loss import LossModel, decoder_layers
 from ray_ft.plan import memory, shapes
 from ray_ft.plan.cut import per_rank_parameter_bytes
@@ -113,8 +113,7 @@ def _allocations(profiler: Any) -> Iterator[Any]:
 
 def _train(rank: int, world: int, recipe: Recipe, compute: torch.dtype) -> None:
     train, model = recipe.train, tiny(recipe, compute)
-    if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute.enable(model, train.gradient_checkpointing)
     strategy = make(recipe, Layout(rank, world, torch.device("cpu"), compute))
 
     def fill(spans: Any) -> None:
@@ -157,13 +156,15 @@ CASES: dict[int, list[tuple[str, str, tuple[str, ...]]]] = {
         ("fsdp", "bfloat16", (f"train.global_batch={2 * ROWS * world}", "train.gradient_checkpointing=true")),
         ("fsdp", "bfloat16", (*IN_BACKWARD, "train.gradient_checkpointing=true")),
         ("fsdp", "bfloat16", ("model.adapter={name: lora}",)),
+        ("fsdp", "bfloat16", ("model.adapter={name: lora}", "train.gradient_checkpointing=0.5")),
         ("fsdp", "float32", ("train.fsdp.reshard_after_forward=false", "train.gradient_checkpointing=true")),
     ]
     + [
         ("none", "bfloat16", (*IN_BACKWARD, "train.gradient_checkpointing=true")),
         ("none", "bfloat16", ("model.adapter={name: dora}", "train.gradient_checkpointing=true")),
         ("none", "float32", ("model.freeze=[input_embeddings]", f"train.global_batch={2 * ROWS * world}")),
-    ][: 3 if world == 1 else 0]
+        ("none", "bfloat16", (*IN_BACKWARD, "train.gradient_checkpointing=0.5")),
+    ][: 4 if world == 1 else 0]
     for world in (1, 2)
 }
 

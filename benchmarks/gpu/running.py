@@ -1,0 +1,120 @@
+"""Runs parts in processes of their own, one on the GPU at a time, within the time of the whole.
+
+A part that hangs is ended with all that it started; one that fails costs its own rows; what was found before stays.
+Parts that need no GPU run beside the others, from the beginning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.parts import Part
+
+GRACE = 8.0  # seconds that a part may take to end by itself once its time is over
+REST = 6.0  # seconds of the whole that are kept for the tables
+
+
+@dataclass
+class _Running:
+    name: str
+    process: subprocess.Popen[bytes]
+    rows: Path
+    log: Path
+    ends: float
+
+    def end(self) -> list[dict[str, Any]]:
+        """Wait until it has ended, or its time is over; its rows, and one more where it did not end well."""
+        why = ""
+        try:
+            self.process.wait(max(self.ends + GRACE - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            why = f"ended after {GRACE:.0f} s beyond its time, in which it did not end by itself"
+        self.kill()
+        self.process.wait()
+        found = [json.loads(line) for line in self.rows.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        if not why and self.process.returncode:
+            said = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+            why = f"failed ({self.process.returncode}): {said[-1] if said else 'without a word'}"[:300]
+        return [*found, {"part": self.name, "why": why}] if why else found
+
+    def kill(self) -> None:
+        """The process and what it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def run(
+    parts: Mapping[str, Part], names: Sequence[str], seconds: float, device: str, small: bool, steps: int
+) -> list[dict[str, Any]]:
+    """Rows of the parts in the order of `names`, each with `part`; of what did not fit in `seconds` why."""
+    deadline = time.monotonic() + seconds - REST
+    found: list[dict[str, Any]] = []
+    going: list[_Running] = []
+    with tempfile.TemporaryDirectory(prefix="ray_ft_gpu_") as scratch:
+
+        def start(name: str, limit: float) -> _Running:
+            rows, log = Path(scratch, f"{name}.jsonl"), Path(scratch, f"{name}.log")
+            rows.touch()
+            command = child_command(name, str(rows), f"{limit:.1f}", device, str(steps), *["small"] * small)
+            environment = dict(os.environ)
+            if device == "cuda" and not parts[name].gpu:
+                environment["CUDA_VISIBLE_DEVICES"] = ""  # a context would take memory from the others
+            with log.open("wb") as out:
+                process = subprocess.Popen(
+                    command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                )
+            going.append(_Running(name, process, rows, log, time.monotonic() + limit))
+            return going[-1]
+
+        try:
+            beside = [start(name, seconds - REST - GRACE) for name in names if not parts[name].gpu]
+            for name in (name for name in names if parts[name].gpu):
+                left = deadline - time.monotonic() - GRACE
+                if left < parts[name].least:
+                    why = (
+                        f"did not fit in the time: {max(left, 0):.0f} s were left, and it needs {parts[name].least:.0f}"
+                    )
+                    found.append({"part": name, "why": why})
+                    continue
+                print(f"{name}: {parts[name].does} …", file=sys.stderr, flush=True)
+                rows = start(name, min(parts[name].seconds, left)).end()
+                for row in rows:
+                    print(f"  {brief(row)}", file=sys.stderr, flush=True)
+                found += rows
+            for one in beside:
+                one.ends = min(one.ends, deadline - GRACE)
+                found += one.end()
+        finally:
+            for one in going:
+                if one.process.poll() is None:
+                    one.kill()
+                    one.process.wait()
+    return found
+
+
+def child_command(name: str, rows: str, *more: str) -> list[str]:
+    """What runs a part; see `child`."""
+    return [sys.executable, "-m", "benchmarks.gpu.child", name, rows, *more]
+
+
+def brief(row: dict[str, Any]) -> str:
+    """A row as it comes, in a line: numbers without their series."""
+    parts = [f"{key} {_short(value)}" for key, value in row.items() if key not in ("part", "step_seconds")]
+    if "step_seconds" in row:
+        parts.append(f"step {sorted(row['step_seconds'])[len(row['step_seconds']) // 2]:.3f} s")
+    return ", ".join(parts)[:300]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
