@@ -20,7 +20,7 @@ from torch import nn
 
 from ray_ft import paths
 from ray_ft.errors import ModelError
-from ray_ft.model import classify, quantize
+from ray_ft.model import classify, gemma3n, quantize
 from ray_ft.model.adapter import stored_name
 from ray_ft.span import Span
 
@@ -171,6 +171,8 @@ def build(config: PretrainedConfig, attention: str = "sdpa", dtype: torch.dtype 
     """
     model_class(config)
     config = copy.deepcopy(config)  # transformers writes the dtype into the one that it is given
+    if config.model_type == gemma3n.MODEL_TYPE and gemma3n.missing():
+        gemma3n.without_tower(config)
     with torch.device("meta"):
         return _factory(config).from_config(config, dtype=dtype, attn_implementation=attention)
 
@@ -352,6 +354,7 @@ def fill(model: PreTrainedModel, folder: str, spans: Mapping[str, Span]) -> None
     keys = stored_keys(model, files)
     new = classify.new_names(model, keys)
     passed_over = {*model.all_tied_weights_keys, *([classify.WORDS] if classify.is_classifier(model.config) else [])}
+    passed_over |= gemma3n.passed_over(model, keys)
     check_keys(stored_names(model) - new, set(keys), passed_over, folder)
     classify.initialise(spans, new)
     targets: dict[str, Any] = {name: Span.whole(buffer) for name, buffer in _persistent_buffers(model).items()}
