@@ -35,6 +35,11 @@ def missing() -> list[str]:
     return [name for name in ("timm", "torchvision") if importlib.util.find_spec(name) is None]
 
 
+def misses_tower(config: PretrainedConfig) -> bool:
+    """Whether the config's model can be built here only without its vision tower."""
+    return config.model_type == MODEL_TYPE and bool(missing())
+
+
 def without_tower(config: PretrainedConfig) -> None:
     """Have a config's model built without its vision tower, in place."""
     own: Any = config.vision_config  # type: ignore[attr-defined]

@@ -170,11 +170,17 @@ def build(config: PretrainedConfig, attention: str = "sdpa", dtype: torch.dtype 
         ModelError: the family has no causal language model.
     """
     model_class(config)
-    config = copy.deepcopy(config)  # transformers writes the dtype into the one that it is given
-    if config.model_type == gemma3n.MODEL_TYPE and gemma3n.missing():
-        gemma3n.without_tower(config)
+    config = buildable(config)
     with torch.device("meta"):
         return _factory(config).from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+def buildable(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy, since transformers writes into the one that it is given; of Gemma 3n less a tower that cannot be had."""
+    config = copy.deepcopy(config)
+    if gemma3n.misses_tower(config):
+        gemma3n.without_tower(config)
+    return config
 
 
 def weight_files(folder: str) -> dict[str, str]:

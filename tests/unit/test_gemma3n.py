@@ -1,0 +1,252 @@
+"""Gemma 3n on tiny random models of the true classes: text, and images through a stand-in for timm's tower.
+
+What is peculiar to it: layers that borrow keys and values, a second table of embeddings, AltUp's coefficients that are
+read past their layers, soft-capped logits, tokens of images behind the words, and a tower that may be missing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny3n
+import torch
+from distributed import build, pictured_recipe, run, run_job
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor, Gemma3nForCausalLM, Gemma3nForConditionalGeneration
+
+from ray_ft import paths
+from ray_ft.data import pack
+from ray_ft.data.images import data_url, picture
+from ray_ft.data.pack import Rows
+from ray_ft.data.prepare import Prepared, prepare
+from ray_ft.data.render import Tokens, load_tokenizer
+from ray_ft.data.stream import in_process
+from ray_ft.data.vision import load_vision
+from ray_ft.demo import DemoPaths
+from ray_ft.errors import ModelError
+from ray_ft.export import export
+from ray_ft.model import adapt, attention, freeze, gemma3n, load, quantize
+from ray_ft.model.flops import flops_per_token
+from ray_ft.model.loss import LossModel, decoder_layers
+from ray_ft.recipe import Recipe
+from ray_ft.recipe.model import Adapter, Model
+from ray_ft.train import launch
+from ray_ft.train.objective import tensors
+from ray_ft.train.worker import Job
+from ray_ft.view import View
+
+COLOURS = ("red", "green", "blue", "white")
+
+
+@pytest.fixture
+def tower(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny3n.install(monkeypatch)
+
+
+@pytest.fixture
+def no_tower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemma3n, "missing", lambda: ["timm", "torchvision"])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Of the whole model, and of its language model alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        tiny3n.install(patch)
+        whole = tiny3n.write(tmp_path_factory.mktemp("whole"), tiny3n.config())
+    return {"whole": whole, "text": tiny3n.write(tmp_path_factory.mktemp("text"), tiny3n.text_config())}
+
+
+def filled(folder: str, implementation: str = "sdpa") -> Any:
+    model = load.build(load.load_config(folder), implementation)
+    load.allocate(model, torch.device("cpu"))
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data.fill_(float("nan"))  # nothing may stay as it was
+    load.fill(model, folder, load.whole_spans(model))
+    return model.eval()
+
+
+def pack_of(lengths: list[int], length: int = 32) -> Rows:
+    rng = np.random.default_rng(0)
+    samples = [Tokens(rng.integers(3, 60, n).astype(np.int32), np.arange(n) > 1) for n in lengths]
+    return pack.pack(samples, length, packing=True, pad_id=0)[0]
+
+
+def batch(rows: Rows) -> tuple[torch.Tensor, ...]:
+    arrays = (rows.input_ids.astype(np.int64), pack.position_ids(rows.flags), pack.labels(rows.input_ids, rows.flags))
+    return tuple(torch.from_numpy(array) for array in arrays)
+
+
+# --------------------------------------------------------------------------------------------------------- loading
+
+
+def test_what_is_loaded_is_what_transformers_loads(folders: dict[str, str], tower: None) -> None:
+    for name, kind in (("whole", Gemma3nForConditionalGeneration), ("text", Gemma3nForCausalLM)):
+        expected = kind.from_pretrained(folders[name], dtype=torch.float32).eval()
+        found = filled(folders[name])
+        assert type(found) is kind
+        for mine, theirs in ((found.named_parameters, expected.named_parameters), (found.named_buffers, expected.named_buffers)):
+            tensors = dict(mine())
+            assert tensors.keys() == dict(theirs()).keys()
+            assert all(torch.equal(tensors[at], tensor) for at, tensor in theirs())
+        assert len(decoder_layers(found)) == 6
+
+
+def test_without_timm_it_is_built_without_a_tower_and_reads_as_it_does_with_one(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.arange(3, 20)[None]
+    monkeypatch.setattr(gemma3n, "missing", lambda: ["timm"])
+    without = filled(folders["whole"])
+    assert gemma3n.lacks_tower(without) and not list(without.base_model.vision_tower.parameters())
+    tiny3n.install(monkeypatch)
+    assert not gemma3n.lacks_tower(whole := filled(folders["whole"]))
+    assert torch.equal(without(input_ids=ids).logits, whole(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("change", ["lost", "more", "own"])
+def test_only_what_the_model_rightly_has_no_place_for_is_passed_over(
+    folders: dict[str, str], tmp_path: Path, no_tower: None, change: str
+) -> None:
+    tensors = load_file(Path(folders["whole"], "model.safetensors"))
+    borrowed = "model.language_model.layers.4.self_attn.k_proj.weight"
+    assert borrowed in tensors and any(key.startswith("model.vision_tower.") for key in tensors)
+    if change == "lost":
+        del tensors["model.language_model.layers.3.self_attn.k_proj.weight"]
+    elif change == "more":
+        tensors["model.language_model.layers.4.self_attn.k_projection.weight"] = tensors[borrowed].clone()
+    else:
+        tensors["model.audio_tower.another.weight"] = tensors[borrowed].clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes(Path(folders["whole"], "config.json").read_bytes())
+    with pytest.raises(ModelError, match="missing" if change == "lost" else "1 unexpected"):
+        filled(str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------------------ loss
+
+
+@pytest.mark.parametrize("name", ["whole", "text"])
+def test_the_loss_of_text_is_that_of_transformers_soft_cap_and_all(
+    folders: dict[str, str], name: str, tower: None
+) -> None:
+    model = filled(folders[name])
+    kind = Gemma3nForConditionalGeneration if name == "whole" else Gemma3nForCausalLM
+    expected = kind.from_pretrained(folders[name], dtype=torch.float32).train()
+    ids = torch.from_numpy(np.random.default_rng(1).integers(3, 60, (2, 24)))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    positions = torch.arange(24).expand(2, -1)
+    module, targets = LossModel(model, 7).train(), int((labels[:, 1:] != -100).sum())
+    ours = module(ids, positions, labels).sum() / targets
+    theirs = expected(input_ids=ids, labels=labels).loss
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    ours.backward()
+    theirs.backward()
+    gradients = {at: parameter.grad for at, parameter in expected.named_parameters()}
+    for at, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, gradients[at], rtol=1e-4, atol=1e-6)
+    model.config.get_text_config().final_logit_softcapping = 1e9
+    assert abs(module(ids, positions, labels).sum() / targets - theirs).item() > 1e-2  # what leaving it out does
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_packed_documents_do_not_see_each_other_nor_does_recomputing_change_a_gradient(
+    folders: dict[str, str], implementation: str, recompute: bool
+) -> None:
+    """Borrowed keys and values pass between layers in a dictionary, past what checkpointing keeps."""
+    both = pack_of([12, 15])
+    starts = np.flatnonzero(both.flags[0] & pack.START)[:2].tolist()
+    ends = [starts[1], 27]
+    alone = [Rows(both.input_ids[:, a:b], both.flags[:, a:b]) for a, b in zip(starts, ends, strict=True)]
+    packed, apart = filled(folders["text"], implementation), filled(folders["text"], "eager")
+    if recompute:
+        packed.gradient_checkpointing_enable({"use_reentrant": False})
+    together = LossModel(packed, 7).train()(*batch(both)).sum()
+    together.backward()
+    module = LossModel(apart, 7).train()
+    total = sum(module(*batch(rows)).sum() for rows in alone)
+    total.backward()
+    assert together.item() == pytest.approx(total.item(), rel=1e-5)
+    largest = max(float(p.grad.abs().max()) for p in apart.parameters())
+    for (name, mine), theirs in zip(packed.named_parameters(), apart.parameters(), strict=True):
+        assert float((mine.grad - theirs.grad).abs().max()) < 1e-5 * largest, name
+    leaking = LossModel(packed, 7)(batch(both)[0], torch.arange(32)[None], batch(both)[2])
+    assert abs(leaking.sum() - total).item() > 1e-2  # positions that run on are what a leak looks like
+
+
+# ----------------------------------------------------------------------------------------------- what is trained
+
+
+def test_text_trains_the_language_model_alone(folders: dict[str, str], no_tower: None) -> None:
+    model = load.build(load.load_config(folders["whole"]))
+    adapted = adapt.adapt(model, Model(path="m"), torch.float32, torch.float32)
+    assert adapted.unreached == ("audio_tower", "embed_audio", "embed_vision")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(name.startswith("model.language_model.") for name in trained)
+    assert "model.language_model.embed_tokens_per_layer.weight" in trained
+
+
+def test_images_train_tower_and_embedder_too_unless_frozen_and_never_audio(folders: dict[str, str], tower: None) -> None:
+    for frozen, expected in (
+        ([], {"language_model", "vision_tower", "embed_vision"}),
+        (["vision_tower", "*embed_vision*"], {"language_model"}),
+    ):
+        model = load.build(load.load_config(folders["whole"]))
+        adapt.adapt(model, Model(path="m", freeze=frozen), torch.float32, torch.float32, images=True)
+        assert {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad} == expected
+
+
+def test_adapters_stay_off_towers_and_off_layers_that_are_read_past(folders: dict[str, str], tower: None) -> None:
+    model = load.build(load.load_config(folders["whole"]))
+    adapt.adapt(model, Model(path="m", adapter=Adapter(rank=2)), torch.float32, torch.float32, images=True)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names and all(".language_model." in name and ".lora_" in name for name in names)
+    assert not any("_coefs" in name for name in names)
+    assert any("laurel.linear_left" in name for name in names) and any("per_layer_input_gate" in n for n in names)
+    again = load.build(load.load_config(folders["whole"]))
+    with pytest.raises(ModelError, match=r"reads past the layer[\s\S]*\*_coefs"):
+        adapt.adapt(
+            again, Model(path="m", adapter=Adapter(target_modules=["*q_proj", "*coefs"])), torch.float32, torch.float32
+        )
+    again.requires_grad_(False)
+    assert not any("_coefs" in name for name in quantize.targets(again, set(freeze.unreachable(again))))
+
+
+def test_every_adapter_learns(folders: dict[str, str], no_tower: None) -> None:
+    settings = Model(path=folders["whole"], adapter=Adapter(rank=2))
+    model = load.build(load.load_config(folders["whole"]))
+    adapt.adapt(model, settings, torch.float32, torch.float32)
+    load.allocate(model, torch.device("cpu"))
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    load.fill(model, folders["whole"], load.whole_spans(model))
+    LossModel(model, 16).train()(*batch(pack_of([20, 11]))).sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_a_table_that_is_looked_up_is_no_arithmetic(folders: dict[str, str]) -> None:
+    model = load.build(load.load_config(folders["text"]))
+    table = model.get_decoder().embed_tokens_per_layer.weight
+    used = [p for p in model.parameters() if p.dim() >= 2 and p is not table]
+    assert flops_per_token(model) == 6 * sum(p.numel() for p in used)
+
+
+def test_attention_of_images_is_that_of_text(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    config = load.load_config(folders["whole"])
+    assert attention.choose("auto", "cuda", config, images=True).implementation == "flash_attention_2"
