@@ -25,7 +25,7 @@ from ray_ft import paths
 from ray_ft.data import pack
 from ray_ft.data.images import data_url, picture
 from ray_ft.data.pack import Rows
-from ray_ft.data.prepare import Prepared, prepare
+from ray_ft.data.prepare import prepare
 from ray_ft.data.render import Tokens, load_tokenizer
 from ray_ft.data.stream import in_process
 from ray_ft.data.vision import load_vision
@@ -250,3 +250,143 @@ def test_attention_of_images_is_that_of_text(folders: dict[str, str], monkeypatc
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
     config = load.load_config(folders["whole"])
     assert attention.choose("auto", "cuda", config, images=True).implementation == "flash_attention_2"
+
+
+# ---------------------------------------------------------------------------------------------------------- images
+
+
+def png(colour: str, size: tuple[int, int] = (20, 30)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> DemoPaths:
+    """A model that talks and sees, and rows: of words alone, then about pictures."""
+    folder = tmp_path_factory.mktemp("seeing")
+    with pytest.MonkeyPatch.context() as patch:
+        tiny3n.install(patch)
+        base = tiny3n.write_base(folder / "base", ["what colour is it ?", "a word", *COLOURS] * 30)
+    words = [conversation("a word", colour) for colour in COLOURS[:2]]
+    asked = [conversation("what colour is it ?", colour, png(colour)) for colour in COLOURS]
+    for name, rows in (("words", words), ("asked", asked), ("heldout", asked)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    words_file, asked_file, held_out = (f"{folder}/{name}.jsonl" for name in ("words", "asked", "heldout"))
+    return DemoPaths(str(folder), base, (words_file, asked_file, asked_file), held_out)
+
+
+def conversation(question: str, answer: str, file: bytes | None = None) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [{"type": "text", "text": question}]
+    if file is not None:
+        parts.insert(0, {"type": "image", "image": data_url(file)})
+    return [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+
+
+def recipe_of(seeing: DemoPaths, storage: Path, *more: str, files: tuple[int, ...] = (0, 1)) -> Recipe:
+    """Over files of words (0) and of questions about pictures (1)."""
+    sources = [{"path": [seeing.train[at] for at in files], "format": "messages"}]
+    return pictured_recipe(seeing, storage, sources, "data.shuffle=false", *more)
+
+
+def rows_of(seeing: DemoPaths, storage: Path, *more: str, files: tuple[int, ...] = (0, 1)) -> Rows:
+    prepared = prepare(recipe_of(seeing, storage, *more, files=files), "train", seeing.base, in_process)
+    return prepared.seen(prepared.read(prepared.units))
+
+
+def answered(seeing: DemoPaths, colour: str) -> dict[str, torch.Tensor]:
+    """One row about a picture, as transformers' processor makes it."""
+    user = [{"type": "image", "image": picture(png(colour))}, {"type": "text", "text": "what colour is it ?"}]
+    turns = [
+        {"role": "user", "content": user},
+        {"role": "assistant", "content": [{"type": "text", "text": colour}]},
+    ]
+    processor = AutoProcessor.from_pretrained(seeing.base)
+    return dict(processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt"))
+
+
+def test_tokens_and_pixels_are_those_of_the_processor(seeing: DemoPaths, tmp_path: Path) -> None:
+    rows = rows_of(seeing, tmp_path, "data.packing=false")
+    assert rows.pixels is not None and len(rows.pixels) == 6
+    for at, colour in enumerate(COLOURS, 2):
+        expected = answered(seeing, colour)
+        real, soft = (rows.flags[at] & pack.REAL) != 0, (rows.flags[at] & pack.IMAGE) != 0
+        assert rows.input_ids[at][real].tolist() == expected["input_ids"][0].tolist()
+        assert soft[real].tolist() == (expected["token_type_ids"][0] == 1).tolist() and soft.sum() == tiny3n.TOKENS
+        np.testing.assert_array_equal(rows.pixels[at], expected["pixel_values"].numpy())
+    vision = load_vision(seeing.base, load_tokenizer(seeing.base))
+    assert vision.shape == (3, tiny3n.SIDE, tiny3n.SIDE) and vision.mark == "<image_soft_token>"
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_loss_of_images_is_that_of_transformers(
+    seeing: DemoPaths, tmp_path: Path, packing: bool, tower: None
+) -> None:
+    rows = rows_of(seeing, tmp_path, f"data.packing={str(packing).lower()}", files=(1,))
+    assert len(rows.input_ids) == (1 if packing else 4)
+    model = filled(seeing.base)
+    expected = 0.0
+    for colour in COLOURS:
+        given = answered(seeing, colour)
+        labels = given["input_ids"].clone()
+        labels[:, :-3] = -100  # all but the answer and the end of the turn
+        labels[:, -1] = -100  # the line end behind it
+        with torch.no_grad():
+            expected += 2 * float(model(**given, labels=labels).loss)
+    with torch.no_grad():
+        found = float(LossModel(model, 4)(*tensors(rows, torch.device("cpu"))).sum())
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert rows.pixels is not None
+        if not packing:  # as it would be with two pictures exchanged
+            other = Rows(rows.input_ids, rows.flags, pixels=rows.pixels[::-1])
+            assert abs(float(LossModel(model, 4)(*tensors(other, torch.device("cpu"))).sum()) - found) > 1e-4 * found
+
+
+def test_rows_without_images_pass_the_tower_and_count_nothing_of_it(
+    seeing: DemoPaths, tmp_path: Path, tower: None
+) -> None:
+    rows = rows_of(seeing, tmp_path, files=(0,))
+    model = filled(seeing.base)
+    looked: list[int] = []
+    model.model.vision_tower.register_forward_hook(lambda *_: looked.append(1))
+    given = tensors(rows, torch.device("cpu"))
+    loss = LossModel(model, 4)(*given).sum()
+    loss.backward()
+    assert looked == [1]
+    assert all(float(p.grad.abs().sum()) == 0 for p in model.model.vision_tower.parameters())
+    with torch.no_grad():
+        assert float(LossModel(model, 4)(*given[:3]).sum()) == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_images_without_timm_are_refused_by_its_name(
+    seeing: DemoPaths, folders: dict[str, str], tmp_path: Path, no_tower: None
+) -> None:
+    with pytest.raises(ModelError, match=r"timm and torchvision cannot be imported[\s\S]*pip install timm"):
+        build(recipe_of(seeing, tmp_path))
+    with pytest.raises(ModelError, match="timm and torchvision"):  # as whoever asks about an image
+        filled(folders["whole"]).get_image_features(torch.zeros(1, 3, tiny3n.SIDE, tiny3n.SIDE))
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+def job(rank: int, world: int, given: Job, sees: bool) -> Any:
+    if sees:
+        tiny3n.install()
+    return run_job(rank, world, given)
+
+
+@pytest.mark.parametrize(("strategy", "sees"), [("fsdp", True), ("zero3", True), ("fsdp", False)])
+def test_two_workers_train_as_one_does(seeing: DemoPaths, tmp_path: Path, strategy: str, sees: bool) -> None:
+    """In the first step neither has an image, in the second one has."""
+    more = ["data.packing=false", "train.max_steps=3", "train.micro_batch=1", "train.global_batch=2"]
+    more += ["train.gradient_checkpointing=true"]
+    more += [] if sees else ["data.images=null", "train.epochs=3"]
+    files = (0, 1) if sees else (0,)
+    alone = recipe_of(seeing, tmp_path / "one", *more, files=files)
+    prepared = prepare(alone, "train", seeing.base, in_process)
+    ((_, expected),) = run(1, job, Job(alone, prepared, None), sees)
+    two = recipe_of(seeing, tmp_path / "two", *more, f"train.strategy={strategy}", "train.workers=2", files=files)
+    (_, found), _ = run(2, job, Job(two, prepared, None), sees)
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=2e-4)
+    assert found[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=1e-3)
