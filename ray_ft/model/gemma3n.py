@@ -76,6 +76,15 @@ def borrows(module: nn.Module) -> bool:
     return bool(getattr(module, "is_kv_shared_layer", False))
 
 
+def kind(layer: nn.Module) -> tuple[Any, ...]:
+    """What the activations of a decoder's layer depend on besides the shapes of its parameters: whether later layers
+    borrow its keys and values, and whether only some of its feed-forward part is left active."""
+    parts = list(layer.modules())
+    lends = any(getattr(part, "store_full_length_kv", False) for part in parts)
+    sparse = any(getattr(part, "activation_sparsity", 0.0) > 0 for part in parts)
+    return (("lends", lends), ("sparse", sparse)) if lends or sparse else ()
+
+
 def read_past(model: nn.Module) -> set[str]:
     """Names of linear layers that are not always asked by their forward pass (see `READ_PAST`)."""
     return {

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ray_ft.errors import ModelError
-from ray_ft.model import classify
+from ray_ft.model import classify, gemma3n
 from ray_ft.plan.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -102,6 +102,12 @@ class Tracer:
                 backward, held = (most - top for most in run.backward[index])
                 forward = run.forward[index + 1] - run.live[index]
                 blocks[kind] = Block(forward, kept[index], later[index], backward, held)
+        for kind in (self._blocks[0][0], self._blocks[-1][0]):
+            if kind not in blocks:
+                raise ModelError(
+                    f"a {type(self._model).__name__} cannot be planned whose first or last layer is like no other",
+                    ["measure a run: metrics.jsonl tells memory_gib"],
+                )
         return Trace(run.live[0], blocks, kept[-1] - blocks[self._blocks[-1][0]].kept)
 
     def _run(self, numbers: Numbers, rows: int) -> _Run:
@@ -224,12 +230,15 @@ class _Seen:
 
 
 def _cut(decoder: nn.Module, kinds: list[Any]) -> list[tuple[Any, nn.Module]]:
-    """Leave of the decoder's blocks one in front, one of each kind, and one behind."""
+    """Leave of the decoder's blocks one in front, one of each kind, and one behind; all of them where some attend to
+    what others have computed."""
     name, blocks = next(
         (name, child)
         for name, child in decoder.named_children()
         if isinstance(child, nn.ModuleList) and len(child) == len(kinds)
     )
+    if any(gemma3n.borrows(part) for part in decoder.modules()):
+        return list(zip(kinds, blocks, strict=True))
     chosen = [0, *{kind: index for index, kind in enumerate(kinds)}.values()]
     chosen.append(chosen[-1])
     config = decoder.config

@@ -377,16 +377,65 @@ def job(rank: int, world: int, given: Job, sees: bool) -> Any:
 
 
 @pytest.mark.parametrize(("strategy", "sees"), [("fsdp", True), ("zero3", True), ("fsdp", False)])
-def test_two_workers_train_as_one_does(seeing: DemoPaths, tmp_path: Path, strategy: str, sees: bool) -> None:
-    """In the first step neither has an image, in the second one has."""
+def test_two_workers_train_as_one_does(
+    seeing: DemoPaths, tmp_path: Path, strategy: str, sees: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first step neither has an image, then both; and of text alone, without a tower."""
+    if sees:
+        tiny3n.install(monkeypatch)
     more = ["data.packing=false", "train.max_steps=3", "train.micro_batch=1", "train.global_batch=2"]
     more += ["train.gradient_checkpointing=true"]
     more += [] if sees else ["data.images=null", "train.epochs=3"]
     files = (0, 1) if sees else (0,)
     alone = recipe_of(seeing, tmp_path / "one", *more, files=files)
     prepared = prepare(alone, "train", seeing.base, in_process)
-    ((_, expected),) = run(1, job, Job(alone, prepared, None), sees)
-    two = recipe_of(seeing, tmp_path / "two", *more, f"train.strategy={strategy}", "train.workers=2", files=files)
+    _, expected = run_job(0, 1, Job(alone, prepared, None))
+    two = recipe_of(
+        seeing, tmp_path / "two", *more, f"train.strategy={strategy}", "train.workers=2", files=files
+    )
     (_, found), _ = run(2, job, Job(two, prepared, None), sees)
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=2e-4)
     assert found[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=1e-3)
+
+
+def test_a_run_of_text_learns_and_goes_on_from_its_checkpoint(
+    seeing: DemoPaths, tmp_path: Path, no_tower: None
+) -> None:
+    more = ("data.images=null", "train.max_steps=12", "train.epochs=12", "train.global_batch=2", "train.micro_batch=2")
+    straight = recipe_of(seeing, tmp_path / "straight", *more, "data.packing=false", files=(0,))
+    prepared = prepare(straight, "train", seeing.base, in_process)
+    _, expected = run_job(0, 1, Job(straight, prepared, None))
+    assert expected[-1]["loss"] < 0.5 * expected[0]["loss"]
+    broken = Job(recipe_of(seeing, tmp_path / "broken", *more, "data.packing=false", files=(0,)), prepared, None)
+    assert run_job(0, 1, broken, 5)[0] == 5
+    finished, rows = run_job(0, 1, broken)
+    assert finished == 12 and rows[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- export, answers
+
+
+def quiet() -> View:
+    return View(Console(quiet=True))
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_an_export_passes_the_gate_and_keeps_all_that_the_base_has(
+    seeing: DemoPaths, tmp_path: Path, sees: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter over images, merged; and all of the language model over text, where there is no tower."""
+    if sees:
+        tiny3n.install(monkeypatch)
+    held_out = json.dumps([{"path": seeing.train[1] if sees else seeing.train[0], "format": "messages"}])
+    more = ["train.max_steps=4", f"data.eval={held_out}", "train.optimizer.lr=0.02"]
+    more += ['model.adapter={"rank": 4}'] if sees else ["data.images=null"]
+    recipe = recipe_of(seeing, tmp_path, *more, "train.epochs=4", files=(1,) if sees else (0,))
+    assert launch.train(recipe, quiet()).complete
+    folder = export(recipe.run.dir.root, quiet(), vllm=False).folder
+    measured = paths.read_json(paths.join(folder, paths.MANIFEST))["checks"]
+    assert measured["logits_transformers"]["passed"] and ("images" in measured) == sees
+    before, after = (load_file(Path(where, "model.safetensors")) for where in (seeing.base, folder))
+    assert before.keys() == after.keys()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed and all(name.startswith("model.language_model.") for name in changed)
+    assert not any(f".{part}." in name for name in changed for part in gemma3n.BORROWED if ".layers.5." in name)
