@@ -99,7 +99,9 @@ class Trained:
     def image_tokens(self) -> int:
         """Soft tokens of an image, where the base sees."""
         config: Any = load.load_config(self.base)
-        return int(config.vision_soft_tokens_per_image if config.model_type == "gemma3n" else config.mm_tokens_per_image)
+        return int(
+            config.vision_soft_tokens_per_image if config.model_type == "gemma3n" else config.mm_tokens_per_image
+        )
 
     def model(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         """The whole trained model on one device, its adapter beside the base, ready to answer.

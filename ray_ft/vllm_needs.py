@@ -30,6 +30,12 @@ def lacks_torchvision(hf_config: Mapping[str, Any]) -> bool:
     return "text_config" in hf_config and importlib.util.find_spec("torchvision") is None
 
 
+def lacks_timm(hf_config: Mapping[str, Any]) -> bool:
+    """Whether vLLM cannot load the model here, as it loads Gemma 3n's vision tower by timm."""
+    sees = hf_config.get("model_type") == "gemma3n"
+    return sees and importlib.util.find_spec("timm") is None
+
+
 def kv_bytes_per_token(hf_config: Mapping[str, Any], itemsize: int) -> int:
     """Bytes of KV cache that one token takes over all layers: 2 (key, value) × layers × KV heads × head size × item.
 

@@ -107,7 +107,7 @@ def _absent() -> tuple[Any, Any]:
         class AbsentTower(PreTrainedModel):
             config_class = AbsentTowerConfig
             main_input_name = "pixel_values"
-            _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+            _supports_sdpa = True
             stands_for_a_tower = True
 
             def __init__(self, config: AbsentTowerConfig) -> None:

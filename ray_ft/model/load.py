@@ -171,8 +171,11 @@ def build(config: PretrainedConfig, attention: str = "sdpa", dtype: torch.dtype 
     """
     model_class(config)
     config = buildable(config)
+    implementation: str | dict[str, str] = attention
+    if config.model_type == gemma3n.MODEL_TYPE:  # timm's tower attends as it likes, and is refused with any but these
+        implementation = {"": attention, "text_config": attention, "vision_config": "sdpa", "audio_config": "sdpa"}
     with torch.device("meta"):
-        return _factory(config).from_config(config, dtype=dtype, attn_implementation=attention)
+        return _factory(config).from_config(config, dtype=dtype, attn_implementation=implementation)
 
 
 def buildable(config: PretrainedConfig) -> PretrainedConfig:
