@@ -56,7 +56,8 @@ def no_tower() -> ModelError:
     return ModelError(
         f"Gemma 3n looks at images through a tower of timm's, and {' and '.join(missing())} cannot be imported here",
         [
-            "use the GPU lock's environment, which has torchvision, and pip install timm",
+            "run it where there are GPUs: their lock has both",
+            "install timm, and a torchvision that was built for the torch that is installed",
             "data.images=null, to train on text",
         ],
     )

@@ -389,7 +389,7 @@ def test_rows_without_images_pass_the_tower_and_count_nothing_of_it(
 def test_images_without_timm_are_refused_by_its_name(
     seeing: DemoPaths, folders: dict[str, str], tmp_path: Path, no_tower: None
 ) -> None:
-    with pytest.raises(ModelError, match=r"timm and torchvision cannot be imported[\s\S]*pip install timm"):
+    with pytest.raises(ModelError, match=r"timm and torchvision cannot be imported[\s\S]*install timm"):
         build(recipe_of(seeing, tmp_path))
     with pytest.raises(ModelError, match="timm and torchvision"):  # as whoever asks about an image
         filled(folders["whole"]).get_image_features(torch.zeros(1, 3, tiny3n.SIDE, tiny3n.SIDE))
@@ -432,7 +432,7 @@ def test_a_run_of_text_learns_and_goes_on_from_its_checkpoint(
     straight = recipe_of(seeing, tmp_path / "straight", *more, "data.packing=false", files=(0,))
     prepared = prepare(straight, "train", seeing.base, in_process)
     _, expected = run_job(0, 1, Job(straight, prepared, None))
-    assert expected[-1]["loss"] < 0.5 * expected[0]["loss"]
+    assert expected[-1]["loss"] < 0.6 * expected[0]["loss"]
     broken = Job(recipe_of(seeing, tmp_path / "broken", *more, "data.packing=false", files=(0,)), prepared, None)
     assert run_job(0, 1, broken, 3)[0] == 3
     finished, rows = run_job(0, 1, broken)
@@ -474,24 +474,33 @@ def test_an_export_passes_the_gate_and_keeps_all_that_the_base_has(
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["usage"]["prompt_tokens"] > tiny3n.TOKENS
     else:
-        assert done.exit_code != 0 and "timm and torchvision cannot be imported" in " ".join(done.output.split())
+        assert isinstance(done.exception, ModelError) and "timm and torchvision" in done.exception.what
         assert CliRunner().invoke(cli.app, asked).exit_code == 0  # of text it answers
 
 
 # ------------------------------------------------------------------------------------------------------------ plan
 
 
-@pytest.mark.parametrize(("size", "parameters"), [("E4B", 7_524_390_160), ("E2B", 5_145_259_856)])
-def test_the_shipped_configs_are_of_the_published_sizes(size: str, parameters: int, no_tower: None) -> None:
-    """Less MobileNetV5's 294,126,912: of some 7.8 and 5.4 billion in all."""
+@pytest.mark.parametrize(("size", "published", "borrowing"), [("E4B", 7_849_978_192, 15), ("E2B", 5_439_438_272, 10)])
+def test_the_shipped_configs_are_of_the_published_sizes(
+    size: str, published: int, borrowing: int, no_tower: None
+) -> None:
     model = load.build(shapes.find_config(f"google/gemma-3n-{size}-it"))
-    assert sum(p.numel() for p in model.parameters()) == parameters
+    tower = 294_126_912  # of MobileNetV5, as timm builds it
+    unused = 2 * 2048 * 512 + 256  # keys, values and their norm, which published checkpoints hold for all layers
+    found = sum(p.numel() for p in model.parameters())
+    assert found + tower + borrowing * unused == published
+    assert sum(gemma3n.borrows(part) for part in model.modules()) == borrowing
 
 
 def test_layers_that_lend_keys_or_leave_most_inactive_are_planned_as_such(folders: dict[str, str]) -> None:
     config = load.load_config(folders["text"])
     recipe = recipes.parse(
-        {"model": {"path": "m"}, "data": {"train": [{"path": "a", "format": "text"}], "seq_len": 64}}
+        {
+            "run": {"name": "r"},
+            "model": {"path": "m"},
+            "data": {"train": [{"path": "a", "format": "text"}], "seq_len": 64},
+        }
     )
     model = load.build(config)
     adapt.adapt(model, recipe.model, torch.float32, torch.float32)

@@ -69,12 +69,12 @@ class Convolutions(nn.Module):
 
 
 def install(patch: Any = None) -> None:
-    """Have transformers find a tower where it looks for timm's; for good, or until `patch` (a MonkeyPatch) is undone."""
+    """Have transformers find a tower where it looks for timm's: until `patch` (pytest's) is undone, or for good."""
     change = patch.setattr if patch else lambda where, name, value, raising=True: setattr(where, name, value)
     timm = SimpleNamespace(create_model=lambda *_, **__: Convolutions(), __version__="0")
     change(modeling_timm_wrapper, "timm", timm, raising=False)
     change(modeling_timm_wrapper, "requires_backends", lambda *_: None)
-    change(gemma3n, "missing", lambda: [])
+    change(gemma3n, "missing", list)
 
 
 def config(words: int = 64, **text: Any) -> Gemma3nConfig:
