@@ -42,8 +42,7 @@ def misses_tower(config: PretrainedConfig) -> bool:
 
 def without_tower(config: PretrainedConfig) -> None:
     """Have a config's model built without its vision tower, in place."""
-    own: Any = config.vision_config  # type: ignore[attr-defined]
-    config.vision_config = _absent()[0](**{name: getattr(own, name) for name in KEPT})  # type: ignore[attr-defined]
+    config.vision_config = _absent()[0](**{name: getattr(config.vision_config, name) for name in KEPT})
 
 
 def lacks_tower(model: nn.Module) -> bool:
