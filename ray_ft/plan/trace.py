@@ -102,12 +102,6 @@ class Tracer:
                 backward, held = (most - top for most in run.backward[index])
                 forward = run.forward[index + 1] - run.live[index]
                 blocks[kind] = Block(forward, kept[index], later[index], backward, held)
-        for kind in (self._blocks[0][0], self._blocks[-1][0]):
-            if kind not in blocks:
-                raise ModelError(
-                    f"a {type(self._model).__name__} cannot be planned whose first or last layer is like no other",
-                    ["measure a run: metrics.jsonl tells memory_gib"],
-                )
         return Trace(run.live[0], blocks, kept[-1] - blocks[self._blocks[-1][0]].kept)
 
     def _run(self, numbers: Numbers, rows: int) -> _Run:
@@ -230,20 +224,23 @@ class _Seen:
 
 
 def _cut(decoder: nn.Module, kinds: list[Any]) -> list[tuple[Any, nn.Module]]:
-    """Leave of the decoder's blocks one in front, one of each kind, and one behind; all of them where some attend to
-    what others have computed."""
+    """Leave of the decoder's blocks one in front, one of each kind, and one behind.
+
+    Of Gemma 3n's kinds the last ones: layers that borrow keys and values find those of the last that lends some. Its
+    config stays as it is, by which inputs of all layers are made together.
+    """
     name, blocks = next(
         (name, child)
         for name, child in decoder.named_children()
         if isinstance(child, nn.ModuleList) and len(child) == len(kinds)
     )
-    if any(gemma3n.borrows(part) for part in decoder.modules()):
-        return list(zip(kinds, blocks, strict=True))
+    borrows = any(gemma3n.borrows(part) for part in decoder.modules())
     chosen = [0, *{kind: index for index, kind in enumerate(kinds)}.values()]
     chosen.append(chosen[-1])
     config = decoder.config
-    config.num_hidden_layers = len(chosen)
-    if getattr(config, "layer_types", None):
+    if not borrows:
+        config.num_hidden_layers = len(chosen)
+    if getattr(config, "layer_types", None) and not borrows:
         config.layer_types = [config.layer_types[index] for index in chosen]
     # The same module may stand twice, but not with the same hooks: a copy of what holds no memory costs nothing.
     picked = [copy.deepcopy(blocks[index]) for index in chosen]
