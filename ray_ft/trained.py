@@ -4,7 +4,7 @@ and the adapter, where there is one, beside."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -98,7 +98,10 @@ class Trained:
     @property
     def image_tokens(self) -> int:
         """Soft tokens of an image, where the base sees."""
-        return int(load.load_config(self.base).mm_tokens_per_image)
+        config: Any = load.load_config(self.base)
+        return int(
+            config.vision_soft_tokens_per_image if config.model_type == "gemma3n" else config.mm_tokens_per_image
+        )
 
     def model(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         """The whole trained model on one device, its adapter beside the base, ready to answer.

@@ -35,6 +35,18 @@ def lacks_torchvision(hf_config: Mapping[str, Any]) -> bool:
     return "text_config" in hf_config and not by_pil and importlib.util.find_spec("torchvision") is None
 
 
+def lacks_timm(hf_config: Mapping[str, Any]) -> bool:
+    """Whether vLLM cannot load the model here, as it loads Gemma 3n's vision tower by timm."""
+    sees = hf_config.get("model_type") == "gemma3n"
+    return sees and importlib.util.find_spec("timm") is None
+
+
+def leaves_out_embeddings(hf_config: Mapping[str, Any]) -> bool:
+    """Whether vLLM (0.32) would answer with another model: of Gemma 3n's language model alone, without its towers, it
+    reads the embeddings of each layer and never adds them; of the whole model it does."""
+    return hf_config.get("model_type") == "gemma3n_text"
+
+
 def kv_bytes_per_token(hf_config: Mapping[str, Any], itemsize: int) -> int:
     """Bytes of KV cache that one token takes over all layers: 2 (key, value) × layers × KV heads × head size × item.
 

@@ -22,8 +22,10 @@ from ray_ft.vllm_needs import (
     cpu_cache,
     environment,
     kv_bytes_per_token,
+    lacks_timm,
     lacks_torchvision,
     least_cpu_cache,
+    leaves_out_embeddings,
     lora_rank,
     smallest_split,
 )
@@ -148,9 +150,15 @@ def plan(model: Model, cluster: Cluster) -> Plan:
 
     Raises:
         ServeError: the context is longer than the model's, the model cannot fit, the GPUs are too old, or there are too
-            few and no more can come.
+            few and no more can come; or vLLM cannot load the model here, or would answer with another.
     """
     serve, facts = model.serve, model.facts
+    if leaves_out_embeddings(model.hf_config):
+        raise ServeError(
+            f"{model.folder} is a Gemma 3n without towers, whose embeddings of each layer vLLM leaves out: it would "
+            "answer with another model",
+            ["ask it through transformers: ray-ft chat", "train and serve the whole model, google/gemma-3n-E4B-it"],
+        )
     low, high = serve["replicas"] if isinstance(serve["replicas"], list | tuple) else (serve["replicas"],) * 2
     sequences = serve["max_num_seqs"]
     limit = facts["max_position_embeddings"]
@@ -215,6 +223,11 @@ def plan(model: Model, cluster: Cluster) -> Plan:
         raise ServeError(
             f"{model.folder} is a vision-language model, which vLLM loads by torchvision: it is not installed",
             ["serve it where there are GPUs: their lock has it", "install a torchvision that was built for CPU torch"],
+        )
+    if lacks_timm(model.hf_config):
+        raise ServeError(
+            f"{model.folder} is a Gemma 3n, whose vision tower vLLM loads by timm: it is not installed",
+            ["serve it where there are GPUs: their lock has it", "pip install timm"],
         )
     per_node = math.ceil(high / cluster.nodes)
     threads = max(1, cluster.node_cpus // per_node)

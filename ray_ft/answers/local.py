@@ -156,8 +156,8 @@ class _Answering:
         return output[:, inputs["input_ids"].shape[1] :].tolist()
 
     def _alike(self, seen: dict[int, Prompt]) -> Iterable[list[int]]:
-        """Prompts with images in groups that make a batch: all of Gemma 3's, whose images are scaled to one size."""
-        if self._what.config.model_type == "gemma3":
+        """Prompts with images in groups that make a batch: all of Gemma 3's and 3n's, scaled to one size."""
+        if self._what.config.model_type in ("gemma3", "gemma3n"):
             return [list(seen)] if seen else []
         return [[at] for at in seen]
 

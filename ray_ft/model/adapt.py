@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ray_ft.errors import ModelError
-from ray_ft.model import adapter, freeze, quantize
+from ray_ft.model import adapter, freeze, gemma3n, quantize
 from ray_ft.model.classify import head, is_classifier
 from ray_ft.recipe.model import Model
 
@@ -76,9 +76,11 @@ def adapt(
 
     Raises:
         ModelError: an entry of freeze, unfreeze or the adapter's targets matches nothing or cannot be trained, or
-            nothing is left to train.
+            nothing is left to train; or rows have images, and what their tower needs is not installed.
         ResourceError: 4-bit layers are wanted, and bitsandbytes is not installed.
     """
+    if images and gemma3n.lacks_tower(model):
+        raise gemma3n.no_tower()
     total = _elements(model.parameters())
     unreached = set(freeze.unreachable(model, images=images))
     parameters = dict(model.named_parameters())

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ray_ft.errors import ModelError
-from ray_ft.model import quantize
+from ray_ft.model import gemma3n, quantize
 from ray_ft.model.classify import head
 from ray_ft.recipe.model import Adapter
 from ray_ft.span import Span
@@ -65,9 +65,10 @@ def targets(model: PreTrainedModel, settings: Adapter, unreached: Collection[str
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     allowed = [name for name in linear if not _matches(name, settings.exclude_modules)]
+    read_past = gemma3n.read_past(model)
     output = next((name for name, module in linear.items() if module is head(model)), None)
     if settings.target_modules == "all-linear":
-        found = [name for name in allowed if name != output and f"{name}.weight" not in unreached]
+        found = [name for name in allowed if name not in {output, *read_past} and f"{name}.weight" not in unreached]
     else:
         for pattern in settings.target_modules:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in linear):
@@ -77,6 +78,12 @@ def targets(model: PreTrainedModel, settings: Adapter, unreached: Collection[str
             raise ModelError(
                 f"model.adapter.target_modules names {_some(lost)}, which no row of text reaches",
                 [f"add to model.adapter.exclude_modules: {_common(lost)!r}"],
+            )
+        if past := [name for name in found if name in read_past]:
+            raise ModelError(
+                f"model.adapter.target_modules names {_some(past)}, whose weight the model reads past the layer, so "
+                "that an adapter beside it would be left out",
+                ["add to model.adapter.exclude_modules: '*_coefs'", "or set target_modules: all-linear"],
             )
         if output in found and model.get_output_embeddings() is None:
             raise ModelError(

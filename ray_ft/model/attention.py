@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ray_ft.errors import ModelError
+from ray_ft.model import gemma3n
 from ray_ft.model.load import model_class
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def choose(
     """The implementation for the recipe's `model.attention`.
 
     Args:
-        images: rows may have images, whose tokens see each other in both directions.
+        images: rows may have images, whose tokens see each other in both directions (of Gemma 3n: do not).
         dtype: precision of the computation; None: what is usual on the device, bfloat16 on GPUs.
 
     Raises:
@@ -52,7 +53,8 @@ def choose(
     """
     dtype = dtype or (torch.bfloat16 if device_type == "cuda" else torch.float32)
     # Of masks it has the causal one alone, and transformers would take that for images without a word.
-    obstacle = "it has no mask in which the tokens of an image see each other" if images else None
+    both_ways = images and config.model_type != gemma3n.MODEL_TYPE  # whose images are read in order, as text is
+    obstacle = "it has no mask in which the tokens of an image see each other" if both_ways else None
     obstacle = obstacle or _no_flash(device_type, config, dtype)
     if setting == "auto":
         if obstacle is None:

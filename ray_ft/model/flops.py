@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from ray_ft.model.classify import head
 
 if TYPE_CHECKING:
@@ -18,8 +20,8 @@ def flops_per_token(model: PreTrainedModel) -> float:
     flattered.
     """
     last = head(model)
-    looked_up = model.get_input_embeddings().weight
     used = {id(p): p for p in [*model.get_decoder().parameters(), *last.parameters()]}
-    if looked_up is not last.weight:
-        used.pop(id(looked_up), None)
+    for part in model.get_decoder().modules():  # Gemma 3n has a second table, for its layers
+        if isinstance(part, nn.Embedding) and part.weight is not last.weight:
+            used.pop(id(part.weight), None)
     return float(sum(p.numel() * (6 if p.requires_grad else 4) for p in used.values() if p.dim() >= 2))

@@ -24,7 +24,7 @@ TOWERS = {
     "audio_tower": ("audio_tower", "audio_model"),
 }
 #: Of a vision-language model of Gemma's, what images pass through on their way to the language model.
-SEEING = ("vision_tower", "multi_modal_projector")
+SEEING = ("vision_tower", "multi_modal_projector", "embed_vision")
 PARTS = ("input_embeddings", "output_embeddings", *TOWERS, "language_model")
 
 
@@ -70,7 +70,8 @@ def unreachable(model: PreTrainedModel, *, images: bool = False) -> list[str]:
     """
     reached = {id(p) for p in [*model.get_decoder().parameters(), *head(model).parameters()]}
     if images:  # an audio tower stays unreached
-        reached |= {id(p) for name in SEEING for p in getattr(model.base_model, name).parameters()}
+        parts = [part for name in SEEING if (part := getattr(model.base_model, name, None)) is not None]
+        reached |= {id(p) for part in parts for p in part.parameters()}
     return [name for name, parameter in model.named_parameters() if id(parameter) not in reached]
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from ray_ft import paths
 from ray_ft.errors import ModelError
 from ray_ft.lean import without_unused
-from ray_ft.model import classify, quantize
+from ray_ft.model import classify, gemma3n, quantize
 from ray_ft.model.adapter import stored_name
 from ray_ft.span import Span
 
@@ -172,9 +172,20 @@ def build(config: PretrainedConfig, attention: str = "sdpa", dtype: torch.dtype 
         ModelError: the family has no causal language model.
     """
     model_class(config)
-    config = copy.deepcopy(config)  # transformers writes the dtype into the one that it is given
+    config = buildable(config)
+    implementation: str | dict[str, str] = attention
+    if config.model_type == gemma3n.MODEL_TYPE:  # timm's tower attends as it likes, and is refused with any but these
+        implementation = {"": attention, "text_config": attention, "vision_config": "sdpa", "audio_config": "sdpa"}
     with torch.device("meta"):
-        return _factory(config).from_config(config, dtype=dtype, attn_implementation=attention)
+        return _factory(config).from_config(config, dtype=dtype, attn_implementation=implementation)
+
+
+def buildable(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy, since transformers writes into the one that it is given; of Gemma 3n less a tower that cannot be had."""
+    config = copy.deepcopy(config)
+    if gemma3n.misses_tower(config):
+        gemma3n.without_tower(config)
+    return config
 
 
 def weight_files(folder: str) -> dict[str, str]:
@@ -354,6 +365,7 @@ def fill(model: PreTrainedModel, folder: str, spans: Mapping[str, Span]) -> None
     keys = stored_keys(model, files)
     new = classify.new_names(model, keys)
     passed_over = {*model.all_tied_weights_keys, *([classify.WORDS] if classify.is_classifier(model.config) else [])}
+    passed_over |= gemma3n.passed_over(model, keys)
     check_keys(stored_names(model) - new, set(keys), passed_over, folder)
     classify.initialise(spans, new)
     targets: dict[str, Any] = {name: Span.whole(buffer) for name, buffer in _persistent_buffers(model).items()}

@@ -111,13 +111,13 @@ class LossModel(nn.Module):
     def _seeing(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, soft: torch.Tensor, pixels: torch.Tensor
     ) -> torch.Tensor:
-        """The last hidden states, the tokens of one image seeing each other in both directions.
+        """The last hidden states, the tokens of one image seeing each other in both directions (Gemma 3n's do not).
 
         Where there is no image, a black one is looked at and counts nothing: a tower that lies in shards is gathered by
         all workers together, and the others may have images.
         """
         inner = self.model.base_model
-        given = {"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": soft.long()}
+        given = {"input_ids": input_ids, "token_type_ids": soft.long(), **documents(self.model, position_ids)}
         if len(pixels):
             return inner(**given, pixel_values=pixels, use_cache=False).last_hidden_state
         black = inner.get_image_features(pixels.new_zeros(1, *pixels.shape[1:])).pooler_output

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ray_ft.errors import ResourceError
+from ray_ft.model import gemma3n
 from ray_ft.model.classify import head
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def _bitsandbytes() -> Any:
 def targets(model: PreTrainedModel, unreached: Collection[str] = ()) -> list[str]:
     """Names of the modules that are quantized: linear layers that text reaches, with a frozen weight, less the output
     projection, whose errors would reach every logit."""
-    output = head(model)
+    output, read_past = head(model), gemma3n.read_past(model)
     return [
         name
         for name, module in model.named_modules()
@@ -63,6 +64,7 @@ def targets(model: PreTrainedModel, unreached: Collection[str] = ()) -> list[str
         and module is not output
         and not module.weight.requires_grad
         and f"{name}.weight" not in unreached
+        and name not in read_past
     ]
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from ray_ft import paths
 from ray_ft.errors import ModelError
-from ray_ft.model import adapt, adapter, classify, load, quantize
+from ray_ft.model import adapt, adapter, classify, gemma3n, load, quantize
 from ray_ft.model.flops import flops_per_token
 from ray_ft.model.loss import decoder_layers
 from ray_ft.recipe import Recipe
@@ -203,7 +203,8 @@ def read(model: PreTrainedModel, recipe: Recipe, compute: torch.dtype, quantized
 
 
 def _kind(unit: nn.Module) -> tuple[Any, ...]:
-    return tuple((name, tuple(p.shape), p.requires_grad) for name, p in unit.named_parameters())
+    shapes = [(name, tuple(p.shape), p.requires_grad) for name, p in unit.named_parameters()]
+    return *shapes, *gemma3n.kind(unit)
 
 
 def attended(config: Any, seq_len: int) -> Iterable[tuple[int, int]]:

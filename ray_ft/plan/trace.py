@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ray_ft.errors import ModelError
-from ray_ft.model import classify
+from ray_ft.model import classify, gemma3n
 from ray_ft.plan.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -224,17 +224,23 @@ class _Seen:
 
 
 def _cut(decoder: nn.Module, kinds: list[Any]) -> list[tuple[Any, nn.Module]]:
-    """Leave of the decoder's blocks one in front, one of each kind, and one behind."""
+    """Leave of the decoder's blocks one in front, one of each kind, and one behind.
+
+    Of Gemma 3n's kinds the last ones: layers that borrow keys and values find those of the last that lends some. Its
+    config stays as it is, by which inputs of all layers are made together.
+    """
     name, blocks = next(
         (name, child)
         for name, child in decoder.named_children()
         if isinstance(child, nn.ModuleList) and len(child) == len(kinds)
     )
+    borrows = any(gemma3n.borrows(part) for part in decoder.modules())
     chosen = [0, *{kind: index for index, kind in enumerate(kinds)}.values()]
     chosen.append(chosen[-1])
     config = decoder.config
-    config.num_hidden_layers = len(chosen)
-    if getattr(config, "layer_types", None):
+    if not borrows:
+        config.num_hidden_layers = len(chosen)
+    if getattr(config, "layer_types", None) and not borrows:
         config.layer_types = [config.layer_types[index] for index in chosen]
     # The same module may stand twice, but not with the same hooks: a copy of what holds no memory costs nothing.
     picked = [copy.deepcopy(blocks[index]) for index in chosen]

@@ -19,7 +19,7 @@ from ray_ft.data.order import ORDER, Order
 from ray_ft.data.prepare import Prepared, Split
 from ray_ft.data.stream import Batch, ahead
 from ray_ft.errors import CheckpointError
-from ray_ft.model import adapt, adapter, attention, load, quantize, recompute
+from ray_ft.model import adapt, adapter, attention, gemma3n, load, quantize, recompute
 from ray_ft.model.flops import flops_per_token
 from ray_ft.model.loss import decoder_layers
 from ray_ft.recipe import Recipe
@@ -281,7 +281,10 @@ def build(recipe: Recipe, layout: Layout, counts: Counts | None = None, base: Fi
         make_optimizer=partial(optim.build, recipe.train.optimizer, seed=recipe.run.seed),
     )
     module.train()
-    return Built(strategy, [*adapted.lines, f"attention: {chosen.reason}"], flops)
+    lines = [*adapted.lines, f"attention: {chosen.reason}"]
+    if gemma3n.lacks_tower(model):
+        lines.append(f"vision_tower is not loaded: {' and '.join(gemma3n.missing())} cannot be imported")
+    return Built(strategy, lines, flops)
 
 
 def state(strategy: Strategy) -> dict[str, Span]:

@@ -118,6 +118,18 @@ def test_a_model_that_sees_is_refused_on_cpu_where_vllm_could_not_load_it(monkey
             assert engine.plan(model(seeing), cluster).device == "cpu"
 
 
+def test_a_gemma_3n_is_refused_where_vllm_lacks_timm_or_would_answer_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {"text_config": SMALL, "model_type": "gemma3n"}
+    cluster = Cluster(node_cpus=8, node_memory=24 * GIB)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "timm" else object())
+    with pytest.raises(ServeError, match="by timm: it is not installed"):
+        engine.plan(model(whole), cluster)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert engine.plan(model(whole), cluster).device == "cpu"
+    with pytest.raises(ServeError, match="embeddings of each layer vLLM leaves out"):
+        engine.plan(model({**SMALL, "model_type": "gemma3n_text"}), cluster)
+
+
 def test_cpu_without_room_for_the_context_says_which_would_fit() -> None:
     hf = {"num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256}
     cluster = Cluster(node_cpus=8, node_memory=8 * GIB)

@@ -14,7 +14,7 @@ from ray_ft.export.case import Case
 from ray_ft.export.gate import LeftOut, check
 from ray_ft.export.reference import Distance
 from ray_ft.export.tensorfile import Reader
-from ray_ft.model import adapter, load
+from ray_ft.model import adapter, gemma3n, load
 
 REPORT = "report this with the recipe: what was written is not what was trained"
 TRAIN_MORE = ["train longer, or with a higher train.optimizer.lr", "check model.adapter.target_modules"]
@@ -75,13 +75,16 @@ def _loaded(case: Case) -> Any:
     auto = AutoModelForSequenceClassification if case.trained.labels else AutoModelForCausalLM
 
     logging.disable_progress_bar()
+    folder = case.folder if case.kind == "model" else case.trained.base
+    config = load.load_config(folder, case.trained.labels)
     try:
         model, info = auto.from_pretrained(
-            case.folder if case.kind == "model" else case.trained.base,
+            folder,
             dtype=case.dtype,
             attn_implementation="sdpa",
             output_loading_info=True,
             trust_remote_code=False,  # said, as transformers would else ask on the terminal
+            **({"config": load.buildable(config)} if gemma3n.misses_tower(config) else {}),
         )
         if case.kind == "adapter":
             from peft import PeftModel
@@ -93,7 +96,8 @@ def _loaded(case: Case) -> Any:
         ) from error
     finally:
         logging.enable_progress_bar()
-    faults = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
+    expected = gemma3n.passed_over(model, info["unexpected_keys"])
+    faults = {name: sorted(map(str, set(keys) - expected)) for name, keys in info.items() if set(keys) - expected}
     if faults:
         raise ExportError(f"transformers does not load the exported folder cleanly: {faults}", [REPORT])
     if case.kind == "model" and load.stored_names(model) != load.stored_names(case.model):
