@@ -140,7 +140,11 @@ def exists(location: str) -> bool:
 def list_dir(location: str) -> list[str]:
     """Base names in a folder, sorted; empty where it does not exist."""
     fs, path = filesystem(location)
-    infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    selector = pafs.FileSelector(path, allow_not_found=True)
+    try:
+        infos = fs.get_file_info(selector)
+    except FileNotFoundError:  # pyarrow could not list it, then looked whether it is there: somebody had just made it
+        infos = fs.get_file_info(selector)
     return sorted(info.base_name for info in infos)
 
 

@@ -471,3 +471,22 @@ def test_one_file_is_read_over_http(s3: S3, tmp_path: Path, suffix: str) -> None
     assert file.uri == url and "?" in url
     read = [row.content for chunk in sources.chunks_of(file, 0, 500) for row in sources.read_rows(chunk)]
     assert read == rows
+
+
+def test_a_folder_that_another_process_makes_while_it_is_looked_for_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyarrow's `allow_not_found` looks after a failed listing whether the folder is there, and fails where it is."""
+    folder = tmp_path / "checkpoints"
+
+    class Late:
+        """Fails to list the folder, which is there by the time that it says so."""
+
+        def get_file_info(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+            if not folder.exists():
+                (folder / "step_1").mkdir(parents=True)
+                raise FileNotFoundError(selector.base_dir)
+            return pafs.LocalFileSystem().get_file_info(selector)
+
+    monkeypatch.setattr(paths, "filesystem", lambda location: (Late(), location))
+    assert paths.list_dir(str(folder)) == ["step_1"]
