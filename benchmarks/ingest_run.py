@@ -25,8 +25,8 @@ from ray_ft.data import stream
 from ray_ft.data.order import Order
 from ray_ft.strategy import Layout
 from ray_ft.train import worker
+from ray_ft.train.asks import Ask
 from ray_ft.train.launch import prepare_job
-from ray_ft.train.loop import Ask
 from ray_ft.train.schedule import total_steps
 from ray_ft.view import View
 

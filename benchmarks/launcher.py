@@ -31,9 +31,11 @@ from ray_ft.train.launch import prepare_job
 from ray_ft.train.metrics import read_metrics
 from ray_ft.view import View
 
-LOOP = Path(__file__).parent / "peers" / "torchrun_loop.py"
+PEERS = Path(__file__).parent / "peers"
 WARMUP = 10  # steps before the clock counts: allocators and caches settle
 WORKERS = 2
+BATCH = 16  # rows in a step
+LR = 4e-3
 CONDITIONS = {
     "data": "the demo's rows, packed to 256 tokens before the clock starts",
     "threads": "1 for each of 2 workers",
@@ -62,6 +64,7 @@ def main() -> None:
                 "cold": partial(_ray_ft, made, scratch, given.steps, before),
                 "torchrun": partial(_torchrun, made, scratch, given.steps, before),
                 "warm": partial(_ray_ft, made, scratch, given.steps, {**os.environ, "RAY_ADDRESS": address}),
+                "ray train": partial(_ray_train, made, scratch, given.steps, before),
             }
             pairs = interleaved(arms, given.pairs, warm_up=1, show=_line)
         worst = [
@@ -73,6 +76,8 @@ def main() -> None:
             Figure("the same on a Ray that stands", ratios(pairs, "warm", "torchrun", "rate"), at_least=0.97),
             _seconds("first step, ray-ft − torchrun, cold", differences(pairs, "cold", "torchrun", "first"), 8),
             _seconds("first step, ray-ft − torchrun, warm", differences(pairs, "warm", "torchrun", "first"), 2),
+            _seconds("first step, ray-ft − Ray Train alone, cold", differences(pairs, "cold", "ray train", "first")),
+            Figure("tokens/s, Ray Train alone ÷ torchrun", ratios(pairs, "ray train", "torchrun", "rate")),
             _seconds("first step, torchrun", [pair["torchrun"]["first"] for pair in pairs]),
             Figure("largest relative difference of a step's loss", worst, form="{:.1e}"),
         ]
@@ -96,10 +101,10 @@ def _settings(made: demo.DemoPaths, scratch: str, steps: int, name: str) -> reci
             "data": {"train": [source], "seq_len": 256},
             "train": {
                 "workers": WORKERS,
-                "global_batch": 16,
+                "global_batch": BATCH,
                 "micro_batch": 8,
                 "max_steps": steps,
-                "optimizer": {"lr": 4e-3},
+                "optimizer": {"lr": LR},
                 "schedule": {"name": "constant"},
                 "log_every": 1,
                 "checkpoint": {"every": steps},
@@ -135,48 +140,35 @@ def _ray_ft(made: demo.DemoPaths, scratch: str, steps: int, env: Mapping[str, st
 
 
 def _torchrun(made: demo.DemoPaths, scratch: str, steps: int, env: Mapping[str, str], _: int) -> dict[str, Any]:
-    settings = _settings(made, scratch, steps, "torchrun")
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(WORKERS), str(PEERS / "torchrun_loop.py")]
+    return _plain(made, scratch, steps, {**env, "OMP_NUM_THREADS": "1"}, torchrun)
+
+
+def _ray_train(made: demo.DemoPaths, scratch: str, steps: int, env: Mapping[str, str], _: int) -> dict[str, Any]:
+    return _plain(made, scratch, steps, env, [str(PEERS / "ray_train_loop.py")])
+
+
+def _plain(
+    made: demo.DemoPaths, scratch: str, steps: int, env: Mapping[str, str], program: list[str]
+) -> dict[str, Any]:
+    settings = _settings(made, scratch, steps, "plain")
     job = prepare_job(settings, View(), stream.in_process)
-    batches = list(stream.local_batches(job.order, 0, steps * 16, 0, 1, 16))
+    batches = list(stream.local_batches(job.order, 0, steps * BATCH, 0, 1, BATCH))
     ids = np.concatenate([batch.rows.input_ids for batch in batches]).astype(np.int64)
     flags = np.concatenate([batch.rows.flags for batch in batches])
-    rows = os.path.join(scratch, "rows.npz")
+    rows, result, config = (os.path.join(scratch, name) for name in ("rows.npz", "result.json", "settings.json"))
     np.savez(rows, input_ids=ids, position_ids=pack.position_ids(flags), labels=pack.labels(ids, flags))
-    result, config = os.path.join(scratch, "result.json"), os.path.join(scratch, "settings.json")
-    Path(config).write_text(
-        json.dumps(
-            {
-                "rows": rows,
-                "model": made.base,
-                "threads": 1,
-                "global_batch": 16,
-                "steps": steps,
-                "lr": 4e-3,
-                "result": result,
-            }
-        )
-    )
+    content = {"rows": rows, "model": made.base, "threads": 1, "global_batch": BATCH, "steps": steps, "lr": LR}
+    Path(config).write_text(json.dumps({**content, "result": result}))
     began = time.time()
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(WORKERS),
-            str(LOOP),
-            config,
-        ],
-        check=True,
-        env={**env, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-    )
+    done = subprocess.run([sys.executable, *program, config], env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(program)} exited with {done.returncode}\n{done.stderr[-3000:]}")
     found = json.loads(Path(result).read_text())
-    total = time.time() - began
     tokens = _real_tokens(job.order, settings, steps)
     return {
         "rate": sum(tokens[WARMUP:]) / sum(found["step_seconds"][WARMUP:]),
-        "first": total - sum(found["step_seconds"][1:]),
+        "first": found["first_step_at"] - began,
         "losses": found["losses"],
     }
 

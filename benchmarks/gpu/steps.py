@@ -30,7 +30,8 @@ from ray_ft.plan import shapes, speed
 from ray_ft.span import Span
 from ray_ft.strategy.base import Layout
 from ray_ft.train import worker
-from ray_ft.train.loop import Ask, train
+from ray_ft.train.asks import Ask
+from ray_ft.train.loop import train
 from ray_ft.train.metrics import Meter
 
 WARM_UP = 3

@@ -10,7 +10,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +26,24 @@ from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
-    started = time.time()
     settings = json.loads(Path(sys.argv[1]).read_text())
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(settings["threads"])
     dist.init_process_group("gloo")
+    train(settings, rank, world, in_order(settings, rank, world))
+    dist.destroy_process_group()
+
+
+def in_order(settings: dict[str, Any], rank: int, world: int) -> Iterator[slice]:
+    """This worker's rows of each step."""
+    share = settings["global_batch"] // world
+    for step in range(settings["steps"]):
+        first = step * settings["global_batch"] + rank * share
+        yield slice(first, first + share)
+
+
+def train(settings: dict[str, Any], rank: int, world: int, batches: Iterable[Any]) -> None:
+    """The loop; `batches` gives what takes this worker's rows of a step, from the first step on."""
+    torch.set_num_threads(settings["threads"])
     arrays = np.load(settings["rows"])
     ids, positions, labels = (torch.from_numpy(arrays[name]) for name in ("input_ids", "position_ids", "labels"))
 
@@ -43,13 +58,11 @@ def main() -> None:
     saving = settings.get("checkpoint")
     start = restore(saving["folder"], model, optimizer) if saving else 0
 
-    share = settings["global_batch"] // world
     step_seconds, losses, first = [], [], 0.0
-    for step in range(start, settings["steps"]):
-        began = time.perf_counter()
-        rows = slice(
-            step * settings["global_batch"] + rank * share, step * settings["global_batch"] + (rank + 1) * share
-        )
+    began = time.perf_counter()
+    for step, rows in enumerate(batches):
+        if step < start:
+            continue
         targets = labels[rows][:, 1:]
         tokens = torch.tensor([(targets != -100).sum().item()], dtype=torch.float64)
         dist.all_reduce(tokens)
@@ -64,6 +77,7 @@ def main() -> None:
         dist.all_reduce(total)
         losses.append(total.item() / tokens.item())
         step_seconds.append(time.perf_counter() - began)
+        began = time.perf_counter()
         first = first or time.time()
         if "progress" in settings and rank == 0:
             with open(settings["progress"], "a") as stream:
@@ -72,8 +86,7 @@ def main() -> None:
             save(saving["folder"], step + 1, model, optimizer)
     if rank == 0:
         with open(settings["result"], "w") as stream:
-            json.dump({"step_seconds": step_seconds, "losses": losses, "first_step": first - started}, stream)
-    dist.destroy_process_group()
+            json.dump({"step_seconds": step_seconds, "losses": losses, "first_step_at": first}, stream)
 
 
 def save(folder: str, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -97,4 +110,5 @@ def restore(folder: str, model: torch.nn.Module, optimizer: torch.optim.Optimize
     return int(newest.read_text())
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -23,8 +23,8 @@ from ray_ft import recipe
 from ray_ft.data import stream
 from ray_ft.data.order import Order
 from ray_ft.train import cluster, launch, worker
+from ray_ft.train.asks import Ask
 from ray_ft.train.board import Message
-from ray_ft.train.loop import Ask
 from ray_ft.train.schedule import total_steps
 from ray_ft.view import View
 

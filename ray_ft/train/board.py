@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ray_ft.train import checkpoint
-from ray_ft.train.loop import Ask
+from ray_ft.train.asks import Ask
+
+if TYPE_CHECKING:
+    from ray_ft.train import checkpoint
 
 LISTEN_SECONDS = 0.2
 

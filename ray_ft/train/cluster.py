@@ -24,8 +24,8 @@ from ray_ft.placement import capacity, reading_cpus
 from ray_ft.recipe import Recipe
 from ray_ft.strategy import Layout
 from ray_ft.train import worker
+from ray_ft.train.asks import Ask, Restart
 from ray_ft.train.board import BoardLink, Message, place
-from ray_ft.train.loop import Ask
 from ray_ft.train.schedule import total_steps
 
 RELAY_SECONDS = 0.25
@@ -237,7 +237,7 @@ def _ray_worker(config: dict[str, Any]) -> None:
         found = ray.get(config["board"].stands.remote())
         worker.run(job, found, layout, batches, link)
         link.flush()
-    except worker.Restart:
+    except Restart:
         link.flush()
         raise
     except Exception:

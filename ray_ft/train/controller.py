@@ -55,8 +55,7 @@ from ray_ft.hosts import choose_interface
 from ray_ft.recipe import Failures
 from ray_ft.session import SPARE_CPUS
 from ray_ft.train import checkpoint
-from ray_ft.train.loop import Ask
-from ray_ft.train.worker import Restart
+from ray_ft.train.asks import Ask, Restart
 
 #: Seconds between the controller's looks at its workers, which is how soon a death is noticed.
 LOOK_SECONDS = 1.0

@@ -21,9 +21,9 @@ from ray_ft.placement.nodes import is_connected
 from ray_ft.recipe import Recipe
 from ray_ft.strategy import Layout
 from ray_ft.train import cluster, objective, references, worker
+from ray_ft.train.asks import Ask, Restart
 from ray_ft.train.board import Message
 from ray_ft.train.keeper import METRICS
-from ray_ft.train.loop import Ask
 from ray_ft.train.metrics import MetricsLog
 from ray_ft.train.schedule import total_steps
 from ray_ft.view import View
@@ -323,5 +323,5 @@ def _in_process(job: worker.Job, monitor: _Monitor) -> int:
     while True:
         try:
             return worker.run(alone, job.start(), layout, batches, monitor)
-        except worker.Restart as restart:
+        except Restart as restart:
             monitor.say(f"starting again: {restart}")

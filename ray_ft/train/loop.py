@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Protocol
 
 import numpy as np
@@ -17,27 +16,13 @@ from ray_ft.data.stream import Batch, local_batches
 from ray_ft.errors import TrainingError
 from ray_ft.recipe import Train
 from ray_ft.strategy.base import Layout, Strategy
+from ray_ft.train.asks import Ask
 from ray_ft.train.keeper import Keeper
 from ray_ft.train.metrics import Meter
 from ray_ft.train.objective import TOKENS, Means, Objective, Sums
 from ray_ft.train.schedule import due, ends_epoch, learning_rate
 
 NAMED = 16  # samples of each worker that an error names
-
-
-class Ask(IntEnum):
-    """What is asked of the loop; each but the first ends it after the step under way, all but the last with a
-    checkpoint."""
-
-    NOTHING = 0
-    GROW = 1
-    """To make way for more workers."""
-    LEAVE = 2
-    """To make way, as a worker has to go."""
-    STOP = 3
-    """To end the run."""
-    DROP = 4
-    """To end the run at once: what it did since its last checkpoint is not wanted."""
 
 
 class Link(Protocol):

@@ -26,8 +26,9 @@ from ray_ft.recipe import Recipe
 from ray_ft.span import Span
 from ray_ft.strategy import Layout, Strategy, make
 from ray_ft.train import checkpoint, objective, optim, rounding
+from ray_ft.train.asks import Ask, Restart
 from ray_ft.train.keeper import METRICS, Keeper
-from ray_ft.train.loop import Ask, Link, train
+from ray_ft.train.loop import Link, train
 from ray_ft.train.metrics import Meter
 from ray_ft.train.saver import Saver
 from ray_ft.train.schedule import total_steps
@@ -100,22 +101,6 @@ class Job:
 
 #: Gives a worker its batches of steps [start, total).
 BatchesFrom = Callable[[Order, int, int], Iterable[Batch]]
-
-
-class Restart(Exception):
-    """This start of the workers is over, so that another can begin where the run stands; not a failure.
-
-    Args:
-        why: for people.
-        preempted: whether a worker had to go.
-    """
-
-    def __init__(self, why: str, preempted: bool = False) -> None:
-        super().__init__(why, preempted)
-        self.why, self.preempted = why, preempted
-
-    def __str__(self) -> str:
-        return self.why
 
 
 def run(

@@ -27,7 +27,7 @@ from ray_ft import paths, recipe
 from ray_ft.errors import CheckpointError, RayFtError, RecipeError, first_line
 from ray_ft.recipe import Recipe
 from ray_ft.train import checkpoint
-from ray_ft.train.loop import Ask
+from ray_ft.train.asks import Ask
 from ray_ft.train.metrics import read_metrics
 from ray_ft.tune import inherit, places
 from ray_ft.tune.journal import Inherited

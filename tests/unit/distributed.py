@@ -27,7 +27,7 @@ from ray_ft.demo import PROMPT, DemoPaths
 from ray_ft.recipe import Recipe
 from ray_ft.strategy import Layout, Strategy
 from ray_ft.train import worker
-from ray_ft.train.loop import Ask
+from ray_ft.train.asks import Ask
 
 # ------------------------------------------------------------------------------------------------------- processes
 

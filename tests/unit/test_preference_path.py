@@ -176,7 +176,7 @@ def _judged_alike(recipe: Recipe, last: dict[str, float], lora: bool) -> None:
 
 
 def _after(recipe: Recipe, steps: int) -> Callable[[], Any]:
-    from ray_ft.train.loop import Ask
+    from ray_ft.train.asks import Ask
 
     def asked() -> Any:
         return Ask.STOP if len(read_metrics(recipe.run.dir)) >= steps else Ask.NOTHING

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -27,9 +29,8 @@ from ray_ft.errors import CheckpointError, ResourceError
 from ray_ft.recipe import Failures
 from ray_ft.train import board as board_module
 from ray_ft.train import checkpoint, controller
+from ray_ft.train.asks import Ask, Restart
 from ray_ft.train.board import Board, BoardLink
-from ray_ft.train.loop import Ask
-from ray_ft.train.worker import Restart
 
 RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
 
@@ -319,3 +320,10 @@ def test_gloo_and_nccl_talk_over_the_interface_that_has_the_nodes_address(monkey
     assert os.environ["GLOO_SOCKET_IFNAME"] == "mine"
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.pop(variable)
+
+
+def test_the_actor_in_the_middle_loads_next_to_nothing() -> None:
+    """It is a process of its own, started with every run before the workers are."""
+    code = "import sys, ray_ft.train.board; print({'torch', 'ray', 'transformers', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

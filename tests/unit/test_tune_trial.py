@@ -15,7 +15,7 @@ from ray_ft import paths
 from ray_ft.errors import CheckpointError
 from ray_ft.recipe import Recipe
 from ray_ft.train import checkpoint
-from ray_ft.train.loop import Ask
+from ray_ft.train.asks import Ask
 from ray_ft.tune import trial
 
 
