@@ -10,10 +10,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.result import RESULTS, Result, read, said
+from benchmarks.result import RESULTS, Figure, Result, read, said
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 SUMMARY = "summary"
+OWN = {"scale": "scale.md"}  # results with a page of their own, which their benchmark makes; here in the summary alone
+MANY = 20  # figures of one benchmark; where there are more, those that reach their aim are counted, not shown
 
 
 def results(folder: Path = RESULTS) -> dict[str, Result]:
@@ -28,7 +30,7 @@ def made(before: str, found: dict[str, Result]) -> str:
         ValueError: a result has no place on the page, or a place has no result.
     """
     places = re.findall(r"^<!-- (\w+) -->$", before, flags=re.MULTILINE)
-    missing = sorted(set(found) - set(places))
+    missing = sorted(set(found) - set(places) - set(OWN))
     if missing:
         raise ValueError(f"{PAGE.name} has no place for {', '.join(missing)}: add <!-- NAME --> and <!-- /NAME -->")
     empty = sorted(set(places) - set(found) - {SUMMARY})
@@ -45,20 +47,29 @@ def made(before: str, found: dict[str, Result]) -> str:
 
 
 def _summary(found: dict[str, Result]) -> str:
-    rows = [
-        (f"[{name}](#{name})", *figure.cells())
-        for name, result in found.items()
-        for figure in result.figures
-        if figure.reached is not None
-    ]
+    rows: list[Sequence[object]] = []
+    for name, result in found.items():
+        aimed = [figure for figure in result.figures if figure.reached is not None]
+        shown = _shown(aimed)
+        link = f"[{name}]({OWN.get(name, f'#{name}')})"
+        rows += [(link, *figure.cells()) for figure in shown]
+        if left := len(aimed) - len(shown):
+            rows.append((link, f"{left} more", "", "", "yes"))
     return _table(("", "", "median (least … most)", "aim", "reached"), rows)
 
 
+def _shown(figures: Sequence[Figure]) -> Sequence[Figure]:
+    return figures if len(figures) <= MANY else [figure for figure in figures if not figure.reached]
+
+
 def _section(result: Result) -> str:
+    shown = _shown(result.figures)
     parts = [
         f"{result.compared}\n",
-        _table(("", "median (least … most)", "aim", "reached"), [f.cells() for f in result.figures]),
+        _table(("", "median (least … most)", "aim", "reached"), [figure.cells() for figure in shown]),
     ]
+    if left := len(result.figures) - len(shown):
+        parts.append(f"\n{left} more reach their aims.")
     parts += [f"\n{table.title}:\n\n{_table(table.columns, table.rows)}" for table in result.tables]
     return "\n".join([*parts, f"\n<sub>{said(result)}</sub>"])
 

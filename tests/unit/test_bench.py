@@ -88,6 +88,15 @@ def test_the_page_takes_each_result_to_its_place_and_keeps_the_prose() -> None:
         page.made(before.replace("<!-- /one -->", ""), found)
 
 
+def test_of_many_figures_those_that_reach_their_aims_are_counted() -> None:
+    many = [Figure(f"f{at}", [1.0], at_most=2.0) for at in range(page.MANY)] + [Figure("slow", [3.0], at_most=2.0)]
+    text = page.made(
+        "<!-- summary -->\n<!-- /summary -->\n<!-- one -->\n<!-- /one -->", {"one": result_of("one", *many)}
+    )
+    assert "| f1 |" not in text and text.count("slow") == 2
+    assert f"| {page.MANY} more |" in text and f"{page.MANY} more reach their aims." in text
+
+
 def test_the_page_says_what_the_results_say() -> None:
     text = page.PAGE.read_text(encoding="utf-8")
     assert page.made(text, page.results()) == text, (
