@@ -8,6 +8,7 @@ to the peak.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from ray_ft.errors import ModelError
@@ -41,4 +42,4 @@ def enable(model: PreTrainedModel, setting: bool | float) -> None:
 
 def recomputed(layers: int, setting: bool | float) -> int:
     """How many of the language model's layers are recomputed: of a share, rounded up."""
-    return -int(-layers * float(setting) // 1)
+    return math.ceil(layers * setting)
