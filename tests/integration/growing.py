@@ -23,6 +23,7 @@ import patience
 import psutil
 import pytest
 from ports import free_ports
+from servers import command_line
 
 HEAD = "f" * 51 + "00000"  # the name by which the provider knows its head
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
@@ -102,7 +103,7 @@ class Growing:
     def raylet(self, node: str) -> psutil.Process:
         """The process that is the node of this id."""
         for process in self._processes():
-            if process.name() == "raylet" and f"--node_id={node}" in process.cmdline():
+            if f"--node_id={node}" in command_line(process) and process.name() == "raylet":
                 return process
         raise ProcessLookupError(f"no raylet of node {node}")
 

@@ -25,6 +25,7 @@ from types import TracebackType
 import patience
 import psutil
 from ports import free_ports
+from servers import command_line
 
 STORE = 150 << 20  # bytes of the object store
 MARK = "RAY_FT_TEST_HEAD"
@@ -121,9 +122,7 @@ class Head:
 
     def restart_dashboard(self, away: float = 0) -> None:
         """End the dashboard, which has the jobs API, and start it again as it was after `away` seconds."""
-        [old] = [
-            one for one in self.processes() if any(part.endswith("dashboard/dashboard.py") for part in one.cmdline())
-        ]
+        [old] = [one for one in self.processes() if "dashboard/dashboard.py" in command_line(one)]
         command, environment, below = old.cmdline(), old.environ(), old.children(recursive=True)
         for one in [old, *below]:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -18,7 +18,7 @@ import httpx
 import pytest
 from head import Head
 
-from tests.integration.test_serving import free_port
+from tests.integration.servers import command_line, free_port
 from tests.integration.test_serving_labels import write_classifier
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -70,7 +70,7 @@ def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
             while "stop it:" not in log.read_text():
                 assert serving.poll() is None and time.monotonic() < until, log.read_text()
                 time.sleep(0.5)
-            commands = " ".join(part for process in head.processes() for part in process.cmdline())
+            commands = " ".join(map(command_line, head.processes()))
             agent = re.findall(r"--listen-port=(\d+)", commands)[0]
             here = "http://127.0.0.1:"
             yield Doors(
@@ -159,7 +159,7 @@ def test_every_other_http_port_asks(doors: Doors) -> None:
 
 
 def _script(process: Any) -> str:
-    return next((Path(part).name for part in process.cmdline() if part.endswith(".py")), process.name())
+    return next((Path(part).name for part in command_line(process).split() if part.endswith(".py")), "")
 
 
 def _connections(process: Any) -> list[Any]:

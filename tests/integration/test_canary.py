@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import yaml
 from head import Head
 
 from ray_ft.demo import PROMPT, DemoPaths
-from tests.integration.test_serving import free_port
+from tests.integration.servers import command_line, free_port
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
@@ -78,11 +77,8 @@ class Place:
         if any(each in self.ask(f"http://127.0.0.1:{self.head.metrics_port}/metrics").content for each in wanted):
             found.append("metrics")
         for process in self.head.processes():
-            try:
-                if any(each in " ".join(process.cmdline()) for each in values):
-                    found.append(f"command line of {process.name()}")
-            except psutil.Error:
-                continue
+            if any(each in (line := command_line(process)) for each in values):
+                found.append(f"command line of {line.split()[0]}")
         return found
 
     def jobs(self) -> list[str]:

@@ -17,6 +17,7 @@ from ray_ft.export.vllm_probe import _Ignored
 from ray_ft.recipe import Recipe
 from ray_ft.train import launch
 from ray_ft.view import View
+from tests.integration.servers import command_line
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.slow, pytest.mark.serve, pytest.mark.timeout(600)]
@@ -45,7 +46,7 @@ def test_vllm_answers_by_a_merged_export_as_the_trained_model_does(trained: Reci
     assert measured["passed"] and measured["rows"] == 4
     assert 0 < measured["difference_rms"] < 1e-5 < measured["tolerance_rms"] == 1e-4
     assert manifest.content["checks"]["adapter_effect"]["change_rms"] > 0.01
-    assert not [process for process in psutil.Process().children() if "vllm_probe" in " ".join(process.cmdline())]
+    assert not [process for process in psutil.Process().children() if "vllm_probe" in command_line(process)]
 
 
 def test_vllm_answers_with_an_adapter_beside_its_base(trained: Recipe) -> None:

@@ -35,6 +35,7 @@ from ray_ft.span import Span
 from ray_ft.train import checkpoint, launch, shards
 from ray_ft.train.metrics import read_metrics
 from ray_ft.view import View
+from tests.integration.servers import command_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 6
@@ -169,7 +170,7 @@ def test_killed_and_preempted_workers_cost_no_row_and_change_no_loss(
             while (read_metrics(recipe.run.dir) or [{"step": 0}])[-1]["step"] < step:
                 time.sleep(0.02)
             children = psutil.Process().children(recursive=True)
-            [process for process in children if "RayTrainWorker" in " ".join(process.cmdline())][-1].send_signal(number)
+            [process for process in children if "RayTrainWorker" in command_line(process)][-1].send_signal(number)
             while sum("training goes on" in line for line in said) < times:
                 time.sleep(0.02)
 

@@ -7,36 +7,30 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shlex
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from ports import free_ports
 
 from ray_ft.errors import ServeError
 from ray_ft.recipe import Serve
 from serving import run as serving_run
+from tests.integration.servers import KEY, Served, command_line, descendants, living, serving, update
 
-ROOT = Path(__file__).parents[2]
-READY = 420  # seconds; 50 on two free cores, several times that where others compute too
 PROMPT = "seven plus two is"
 MESSAGES = [{"role": "user", "content": "count to four"}]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
     "{{ m['content'] }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-KEY = "rft-a-key-of-the-tests-0123456789"
 
 
 def write_export(folder: Path, *, hidden_in_config: int = 64, seed: int = 0, step: int = 1) -> None:
@@ -106,72 +100,6 @@ def write_export(folder: Path, *, hidden_in_config: int = 64, seed: int = 0, ste
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def free_port() -> int:
-    return free_ports(1)[0]
-
-
-def start(run: Path, log: Path, *options: str) -> subprocess.Popen[bytes]:
-    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env |= {"PYTHONPATH": path, "RAY_FT_API_KEYS": f"tests:{KEY}", "XDG_RUNTIME_DIR": str(log.parent)}
-    with log.open("wb") as out:
-        return subprocess.Popen(
-            [sys.executable, "-m", "ray_ft", "serve", str(run), *options],
-            stdout=out, stderr=subprocess.STDOUT, env=env, cwd=log.parent, start_new_session=True,
-        )  # fmt: skip
-
-
-def wait_ready(process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + READY
-    while "playground:" not in log.read_text():
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.5)
-
-
-def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(process.pid).children(recursive=True)
-    return []
-
-
-def living(processes: list[psutil.Process]) -> list[str]:
-    found = []
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            # Who inherits the orphans here may not collect them; a zombie holds nothing.
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(f"{process.pid} {process.name()}")
-    return found
-
-
-def end(process: subprocess.Popen[bytes], processes: list[psutil.Process]) -> None:
-    """After a failed test: nothing of it may stay."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    for child in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-
-
-@dataclass
-class Served:
-    process: subprocess.Popen[bytes]
-    processes: list[psutil.Process]
-    log: Path
-    url: str
-
-    @property
-    def client(self) -> Any:
-        from openai import OpenAI
-
-        return OpenAI(base_url=self.url, api_key=KEY, timeout=60, max_retries=0)
-
-
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run")
@@ -181,16 +109,8 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    log = tmp_path_factory.mktemp("log") / "out.txt"
-    port = free_port()
-    process = start(export, log, "--port", str(port))
-    processes: list[psutil.Process] = []
-    try:
-        wait_ready(process, log)
-        processes = descendants(process)
-        yield Served(process, processes, log, f"http://127.0.0.1:{port}/v1")
-    finally:
-        end(process, processes or descendants(process))
+    with serving(tmp_path_factory.mktemp("log"), export) as one:
+        yield one
 
 
 @pytest.fixture(scope="module")
@@ -310,10 +230,10 @@ def test_engines_answer_only_the_gateway(served: Served) -> None:
     ports = {
         connection.laddr.port
         for process in served.processes
-        if process.is_running() and any(word in " ".join(process.cmdline()) for word in ("ServeReplica", "VLLM"))
+        if any(word in command_line(process) for word in ("ServeReplica", "VLLM"))
         for connection in process.net_connections(kind="tcp")
         if connection.status == psutil.CONN_LISTEN
-    } - {int(served.url.split(":")[2].split("/")[0])}
+    } - {int(served.port)}
     answered, spoke = [], 0
     for port in ports:
         for path in ("/v1/models", "/v1/chat/completions", "/v1/load_lora_adapter"):
@@ -362,16 +282,6 @@ class Load:
                 self.failures.append(repr(error))
 
 
-def update(served: Served, run: Path) -> subprocess.CompletedProcess[str]:
-    port = served.url.split(":")[2].split("/")[0]
-    process = start(run, served.log.with_name("update.txt"), "--update", "--port", port)
-    try:
-        process.wait(READY)
-        return subprocess.CompletedProcess([], process.returncode, served.log.with_name("update.txt").read_text())
-    finally:
-        end(process, descendants(process))
-
-
 @pytest.mark.timeout(900)
 def test_a_version_that_does_not_load_is_refused_and_the_old_one_answers(served: Served, tmp_path: Path) -> None:
     """Its weights do not fit config.json, which only vLLM's worker process finds out."""
@@ -396,7 +306,7 @@ def test_a_new_version_takes_over_without_a_failed_request(served: Served, tmp_p
     assert load.failures == []
     assert len(set(load.answers)) == 2, "first the old weights answer, then the new ones, and nothing else"
     assert get(served, "/v1/models").json()["data"][0]["ray_ft"]["step"] == 2
-    assert len([p for p in descendants(served.process) if "EngineCore" in " ".join(p.cmdline())]) == 1
+    assert sum("EngineCore" in command_line(process) for process in descendants(served.process)) == 1
 
 
 def test_files_that_changed_are_refused(served: Served, tmp_path: Path) -> None:
@@ -412,7 +322,7 @@ def test_files_that_changed_are_refused(served: Served, tmp_path: Path) -> None:
 def test_sigterm_leaves_nothing_behind(served: Served) -> None:
     """The last test of the served model: it ends it."""
     processes = descendants(served.process)
-    assert any("EngineCore" in " ".join(process.cmdline()) for process in processes)
+    assert any("EngineCore" in command_line(process) for process in processes)
     served.process.send_signal(signal.SIGTERM)
     assert served.process.wait(60) == 0
     assert served.log.read_text().splitlines()[-1] == "stopped"

@@ -13,23 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from ray_ft.recipe import Gateway, Serve
 from tests.integration import test_hostile as hostile
-from tests.integration.test_serving import (
-    KEY,
-    MESSAGES,
-    Served,
-    descendants,
-    end,
-    free_port,
-    get,
-    start,
-    wait_ready,
-    write_export,
-)
+from tests.integration.servers import KEY, Served, command_line, serving
+from tests.integration.test_serving import MESSAGES, get, write_export
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 RANK = 4
@@ -90,19 +79,12 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def served(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    log, port = tmp_path_factory.mktemp("log") / "out.txt", free_port()
-    process = start(adapters["anna"], log, str(adapters["bert"]), "--base", "--port", str(port))
-    processes: list[psutil.Process] = []
-    try:
-        wait_ready(process, log)
-        processes = descendants(process)
-        yield Served(process, processes, log, f"http://127.0.0.1:{port}/v1")
-    finally:
-        end(process, processes or descendants(process))
+    with serving(tmp_path_factory.mktemp("log"), adapters["anna"], adapters["bert"], "--base") as one:
+        yield one
 
 
 def test_one_engine_holds_them_all(served: Served) -> None:
-    assert sum("EngineCore" in " ".join(process.cmdline()) for process in served.processes) == 1
+    assert sum("EngineCore" in command_line(process) for process in served.processes) == 1
     entries = {entry["id"]: entry["ray_ft"] for entry in get(served, "/v1/models").json()["data"]}
     assert {name: entry["compare"] for name, entry in entries.items()} == {
         "anna": "words", "bert": "words", "words": None,

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from rich.console import Console
 
@@ -22,7 +21,7 @@ from ray_ft.export import export
 from ray_ft.recipe import parse
 from ray_ft.train import launch
 from ray_ft.view import View
-from tests.integration.test_serving import Served, descendants, end, free_port, start, wait_ready
+from tests.integration.servers import Served, serving
 
 pytestmark = [
     pytest.mark.serve,
@@ -54,16 +53,8 @@ def run(pictures: DemoPaths, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    log = tmp_path_factory.mktemp("log") / "out.txt"
-    port = free_port()
-    process = start(run, log, "--port", str(port))
-    processes: list[psutil.Process] = []
-    try:
-        wait_ready(process, log)
-        processes = descendants(process)
-        yield Served(process, processes, log, f"http://127.0.0.1:{port}/v1")
-    finally:
-        end(process, processes or descendants(process))
+    with serving(tmp_path_factory.mktemp("log"), run) as one:
+        yield one
 
 
 def test_pictures_are_answered_as_transformers_answers_them(served: Served, run: Path, pictures: DemoPaths) -> None:

@@ -26,7 +26,8 @@ from ray_ft.export import export
 from ray_ft.recipe import Serve
 from ray_ft.train import launch
 from ray_ft.view import View
-from tests.integration.test_serving import KEY, Served, descendants, end, free_port, get, living, start, wait_ready
+from tests.integration.servers import KEY, Served, descendants, living, serving, update
+from tests.integration.test_serving import get
 from tests.unit.distributed import recipe_of
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(400)]
@@ -105,16 +106,8 @@ def trained(demo: DemoPaths, label_files: tuple[str, str], tmp_path_factory: pyt
 
 @pytest.fixture(scope="module")
 def served(said: Any, trained: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    log = tmp_path_factory.mktemp("log") / "out.txt"
-    port = free_port()
-    process = start(said.folder, log, trained, "--port", str(port))
-    processes: list[psutil.Process] = []
-    try:
-        wait_ready(process, log)
-        processes = descendants(process)
-        yield Served(process, processes, log, f"http://127.0.0.1:{port}/v1")
-    finally:
-        end(process, processes or descendants(process))
+    with serving(tmp_path_factory.mktemp("log"), said.folder, trained) as one:
+        yield one
 
 
 def ask(served: Served, body: dict[str, Any], path: str = "/classify") -> httpx.Response:
@@ -185,13 +178,9 @@ def test_what_it_cannot_label_is_400(served: Served) -> None:
 
 
 def test_the_same_again_changes_nothing(served: Served, said: Any) -> None:
-    log = served.log.with_name("update.txt")
-    process = start(said.folder, log, "--update", "--port", served.url.split(":")[2].split("/")[0])
-    try:
-        assert process.wait(120) == 0, log.read_text()
-    finally:
-        end(process, descendants(process))
-    assert "mood answers as before: mood, step 4" in log.read_text()
+    found = update(served, said.folder)
+    assert found.returncode == 0, found.stdout
+    assert "mood answers as before: mood, step 4" in found.stdout
 
 
 def test_labels_that_are_not_the_exports_are_refused(served: Served, said: Any, tmp_path: Path) -> None:
@@ -201,14 +190,10 @@ def test_labels_that_are_not_the_exports_are_refused(served: Served, said: Any, 
     manifest["proof"]["probabilities"] = dict.fromkeys(LABELS, 1 / 3)
     manifest["serve"]["max_num_seqs"] = 5  # another version
     (run / "export/manifest.json").write_text(json.dumps(manifest))
-    log = served.log.with_name("refused.txt")
-    process = start(run, log, "--update", "--port", served.url.split(":")[2].split("/")[0])
-    try:
-        assert process.wait(120) == 1
-    finally:
-        end(process, descendants(process))
-    assert "refused, and what answered before goes on: 'mood' from" in log.read_text()
-    assert "does not answer as it was exported" in log.read_text()
+    found = update(served, run)
+    assert found.returncode == 1
+    assert "refused, and what answered before goes on: 'mood' from" in found.stdout
+    assert "does not answer as it was exported" in found.stdout
     assert ask(served, {"model": "mood", "input": "one"}).status_code == 200
 
 

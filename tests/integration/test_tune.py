@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -31,6 +30,7 @@ from ray_ft.train.metrics import read_metrics
 from ray_ft.tune import run
 from ray_ft.tune.journal import Sweep
 from ray_ft.view import View
+from tests.integration.servers import command_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 16
@@ -240,10 +240,9 @@ def test_the_death_of_one_trials_process_costs_that_trial_a_start_and_the_others
     def kill() -> None:
         wait_for(recipe, lambda trials: len([one for one in trials.values() if running(one)]) == 2)
         for one in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if not killed and any("ray::ResourceTrainable" in part for part in one.cmdline()):
-                    killed.append(one.pid)
-                    one.kill()
+            if not killed and "ray::ResourceTrainable" in command_line(one):
+                killed.append(one.pid)
+                one.kill()
 
     killing = threading.Thread(target=kill)
     killing.start()
