@@ -12,7 +12,6 @@ index and the rejects are kept, and chunks are rendered again when their rows ar
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +26,7 @@ import numpy as np
 from ray_ft import paths
 from ray_ft.data import duplicates, sources
 from ray_ft.data import identity as identities
+from ray_ft.data import tokenizer as tokenizers
 from ray_ft.data.checks import WAYS_BACK, all_files, check, check_before, check_stamp, check_unchanged
 from ray_ft.data.counts import TOO_LONG, Counts
 from ray_ft.data.files import File
@@ -78,12 +78,13 @@ def prepare(
     """
     wanted: Sequence[AnySource] = getattr(recipe.data, split)
     files = all_files(wanted)
-    tokenizer = load_tokenizer(model_folder)
+    known = tokenizers.known(model_folder, recipe.run.storage)
+    tokenizer = known or tokenizers.identity(load_tokenizer(model_folder))
     identity = {
         "format": FORMAT,
         "sources": identities.of_sources(wanted),
         "files": identities.of_files(files),
-        **_identity_of(tokenizer),
+        **tokenizer,
         "layout": {
             "seq_len": recipe.data.seq_len,
             "packing": recipe.data.packing,
@@ -93,18 +94,20 @@ def prepare(
         **({"labels": recipe.model.labels} if recipe.model.labels else {}),
     }
     if recipe.data.images:
-        vision = load_vision(model_folder, tokenizer)
+        vision = load_vision(model_folder, load_tokenizer(model_folder))
         identity["images"] = {**recipe.data.images.model_dump(mode="json"), **vision.identity()}
     location = paths.join(recipe.run.storage, "_prepared", identities.key_of(identity))
     # Held-out rows are few and read again at every evaluation, by every worker: their tokens are always kept.
     cached = recipe.data.cache == "auto" or split == "eval"
     prepared = load(location, recipe, split, model_folder, reused=True)
     if prepared is None or (cached and prepared.render is not None):
-        check_before(wanted, files, has_template=bool(tokenizer.chat_template))
+        check_before(wanted, files, has_template=bool(tokenizer["template"][0]))
         chunks = [chunk for number, file in files for chunk in sources.chunks_of(file, number)]
         _run(_Work.of(recipe, split, location, model_folder, identity), chunks, cached, identity, spread, on_progress)
         prepared = load(location, recipe, split, model_folder)
         assert prepared is not None
+    if not known:
+        tokenizers.keep(model_folder, recipe.run.storage, tokenizer)
     return prepared
 
 
@@ -160,13 +163,6 @@ def _files_of(identity: dict[str, Any], found: Sequence[tuple[int, File]]) -> li
     return files
 
 
-def _identity_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    return {
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "template": [tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
-    }
-
-
 # ------------------------------------------------------------------------------------------------------- the work
 
 
@@ -198,7 +194,7 @@ class _Work:
     long_rows: str
     segment_tokens: int
     tokenizer: dict[str, Any]
-    """What `_identity_of` said of the tokenizer."""
+    """What `tokenizer.identity` said."""
     code: bool
     """Whether code in the model's folder may run, as the recipe's model.trust_remote_code says."""
     labels: tuple[str, ...] = ()
@@ -376,7 +372,7 @@ class _Again:
 
 @lru_cache(maxsize=4)
 def _tokenizer_identity(model: str, code: bool) -> dict[str, Any]:
-    return _identity_of(_tokenizer_of(model, code))
+    return tokenizers.identity(_tokenizer_of(model, code))
 
 
 def _grouped(chunks: Sequence[Chunk]) -> list[list[tuple[int, Chunk]]]:

@@ -41,6 +41,20 @@ class Batch:
     samples: tuple[tuple[str, ...], ...] | None = None
 
 
+def start_helpers() -> None:
+    """Start the two actors that Ray Data has in every cluster, and waits for when it first needs them.
+
+    By Ray's own functions (of 2.60, not public), since others that come later must find them under their names.
+    """
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
+    from ray.data._internal.stats import get_or_create_stats_actor
+
+    get_or_create_autoscaling_coordinator()
+    get_or_create_stats_actor()
+
+
 def in_process(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterable[Any]:
     """Spread without Ray: one after the other, here."""
     return map(function, items)

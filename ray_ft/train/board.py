@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray_ft.train.asks import Ask
-
-if TYPE_CHECKING:
-    from ray_ft.train import checkpoint
 
 LISTEN_SECONDS = 0.2
 
@@ -25,14 +22,6 @@ class Board:
         self._ask = Ask.NOTHING
         self._finished = 0
         self._rows = 0
-        self._stands: checkpoint.Found | None = None
-
-    def stand(self, found: checkpoint.Found | None) -> None:
-        """Settle where the run stands, for the workers that start now and the rows that they get."""
-        self._stands = found
-
-    def stands(self) -> checkpoint.Found | None:
-        return self._stands
 
     def push(self, kind: str, content: Any) -> None:
         self._messages.append((kind, content))

@@ -1,7 +1,7 @@
 """Training on Ray: the workers of a run, started again as long as the recipe's budgets allow.
 
-Ray Train's controller watches the workers and starts them again (see `controller`); this module starts the controller,
-and another one if it dies. Each start of the workers resumes at the newest checkpoint.
+Ray Train's controller watches the workers and starts them again (see `controller`), each time at the newest checkpoint;
+this module gives it what they need, and runs it.
 """
 
 from __future__ import annotations
@@ -47,29 +47,10 @@ def run(job: worker.Job, watcher: Watcher) -> int:
     Raises:
         RayFtError: what a worker raised, or a TrainingError that says how the workers failed.
     """
-    from ray.exceptions import RayActorError
-
-    from ray_ft.train import controller
-
-    # Once: when the controller is started again, a node may be gone that the run was begun for.
-    cuda = on_gpus(job.recipe)
     board = place()
-    budget = controller.Budget(job.recipe.train.failures.max_failures, job.recipe.run.dir.checkpoints)
     try:
         with _relaying(board, watcher):
-            while True:
-                found = job.start()
-                if found and found.step >= total_steps(job.recipe, job.order):
-                    return found.step  # the last checkpoint was there when the workers were lost
-                try:
-                    return _fit(job, board, cuda)
-                except RayActorError as error:  # of the controller: what happens to workers, it handles itself
-                    if not budget.spend():
-                        raise
-                    why = (str(error).strip().splitlines() or ["?"])[0]
-                    line = f"Ray Train's controller died ({why}); failure {budget}: starting again"
-                    board.push.remote("lost", line)
-                    controller.remove_orphaned_groups()
+            return _fit(job, board, on_gpus(job.recipe))
     except Exception as error:
         raise _as_ours(error, job.recipe.run.dir) from error
     finally:
@@ -83,7 +64,7 @@ def _fit(job: worker.Job, board: Any, cuda: bool) -> int:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
-    from ray_ft.train.controller import EvenShares, Surroundings, Trainer
+    from ray_ft.train.controller import Dealer, Surroundings, Trainer
 
     recipe, settings = job.recipe, job.recipe.train
     total = total_steps(recipe, job.order)
@@ -91,12 +72,12 @@ def _fit(job: worker.Job, board: Any, cuda: bool) -> int:
     if cuda and settings.fsdp.cpu_offload:
         backend = "cpu:gloo,cuda:nccl"  # the norm of gradients that lie in host memory is summed there
 
-    def rows() -> Any:  # called again whenever the workers are started, so it reads where the run stands now
+    def start() -> Any:
         found = job.start(lambda aside, why: board.push.remote("line", f"set aside {aside}: {why}"))
-        ray.get(board.stand.remote(found))
-        start = found.step if found else 0
-        return stream.training_dataset(job.order, start * settings.global_batch, total * settings.global_batch)
+        begin = (found.step if found else 0) * settings.global_batch
+        return found, stream.training_dataset(job.order, begin, total * settings.global_batch)
 
+    options = stream.in_order(reading_cpus(capacity.cluster(), recipe))
     sizes = settings.sizes
     attempt = f"attempt-{time.time_ns()}"
     trainer = Trainer(
@@ -116,12 +97,7 @@ def _fit(job: worker.Job, board: Any, cuda: bool) -> int:
             failure_config=FailureConfig(max_failures=settings.failures.max_failures),
             callbacks=[Surroundings()],
         ),
-        datasets={"train": rows},
-        dataset_config=EvenShares(
-            settings.global_batch,
-            datasets_to_split=["train"],
-            execution_options=stream.in_order(reading_cpus(capacity.cluster(), recipe)),
-        ),
+        dealer=Dealer(start, settings.global_batch, options),
         sizes=sizes,
         failures=settings.failures,
         board=board,
@@ -212,7 +188,7 @@ def _ray_worker(config: dict[str, Any]) -> None:
     import ray.train
     from ray.train.torch import get_device
 
-    from ray_ft.train.controller import leaving
+    from ray_ft.train.controller import leaving, part
 
     job: worker.Job = config["job"]
     context = ray.train.get_context()
@@ -227,15 +203,15 @@ def _ray_worker(config: dict[str, Any]) -> None:
         torch.distributed.all_gather_object(ranks, context.get_node_rank())
         nodes = len(set(ranks))
     layout = Layout(rank, world, device, compute_dtype(job.recipe, config["cuda"]), nodes)
+    given = part()
 
     def batches(order: Order, start: int, total: int) -> Any:
-        shard, settings = ray.train.get_dataset_shard("train"), job.recipe.train
-        return stream.batches(shard, order, start * settings.global_batch, rank, world, settings.rows_per_worker)
+        settings = job.recipe.train
+        return stream.batches(given.rows, order, start * settings.global_batch, rank, world, settings.rows_per_worker)
 
     link = BoardLink(config["board"], rank, leaving)
     try:
-        found = ray.get(config["board"].stands.remote())
-        worker.run(job, found, layout, batches, link)
+        worker.run(job, given.found, layout, batches, link)
         link.flush()
     except Restart:
         link.flush()

@@ -4,28 +4,37 @@ Ray's own policies count failures over the whole run, try again what will fail a
 resize by killing workers between checkpoints. These ones start counting anew with each new checkpoint, give up at once
 on errors that say what is wrong, take numbers that share the batch evenly, and let the workers save before they grow.
 
+The controller runs in the process that asks for the training, without which there is no run anyway, and so does all
+that Ray would start a process for at its side: each takes seconds to come up, and can be lost.
+
 The only module that uses interfaces of Ray Train that are not public (of 2.60). tests/integration/test_path.py and
 tests/multihost/test_faults.py use them all, so an upgrade that moves one is noticed.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
-from ray.train import DataConfig
 from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.constants import (
-    ENV_VARS_TO_PROPAGATE,
+    ENABLE_CONTROLLER_STRUCTURED_LOGGING_ENV_VAR,
+    ENABLE_PREEMPTION_WATCHER_ENV_VAR,
     HEALTH_CHECK_INTERVAL_S_ENV_VAR,
     WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
     WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
@@ -35,9 +44,11 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
-from ray.train.v2._internal.execution.callback import WorkerCallback
+from ray.train.v2._internal.execution.callback import WorkerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+from ray.train.v2._internal.execution.preemption import PreemptionWatcher
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     NoopDecision,
@@ -47,7 +58,9 @@ from ray.train.v2._internal.execution.scaling_policy import (
 from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
     TrainAutoscalingCoordinatorClient,
 )
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor
+from ray.train.v2._internal.logging import LoggingManager
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
 from ray_ft.errors import RayFtError, ResourceError, StorageError
@@ -56,6 +69,9 @@ from ray_ft.recipe import Failures
 from ray_ft.session import SPARE_CPUS
 from ray_ft.train import checkpoint
 from ray_ft.train.asks import Ask, Restart
+
+if TYPE_CHECKING:
+    from ray.data import DataIterator, Dataset, ExecutionOptions
 
 #: Seconds between the controller's looks at its workers, which is how soon a death is noticed.
 LOOK_SECONDS = 1.0
@@ -66,26 +82,35 @@ GOODBYE_SECONDS = 3
 
 
 class Trainer(TorchTrainer):
-    """Ray's trainer with our policies.
+    """Ray's trainer with our policies and a controller in this process.
 
     Args:
+        dealer: gives the workers their rows.
         sizes: numbers of workers that share the batch evenly, ascending; one: no other is taken.
         board: see `board.Board`.
         checkpoints: folder in which new checkpoints appear.
     """
 
     def __init__(
-        self, *args: Any, sizes: tuple[int, ...], failures: Failures, board: Any, checkpoints: str, **options: Any
+        self,
+        *args: Any,
+        dealer: Dealer,
+        sizes: tuple[int, ...],
+        failures: Failures,
+        board: Any,
+        checkpoints: str,
+        **options: Any,
     ):
         super().__init__(*args, **options)
-        self._sizes, self._failures, self._board, self._checkpoints = sizes, failures, board, checkpoints
+        self._dealer, self._board, self._checkpoints = dealer, board, checkpoints
+        self._sizes, self._failures = sizes, failures
 
     def _create_default_callbacks(self) -> list[Any]:
         # Ray's cleaner of placement groups asks the dashboard, of which not every cluster has one, and then stays for
-        # ever; `remove_own_groups` and `remove_orphaned_groups` do its work.
-        return [
-            one for one in super()._create_default_callbacks() if not isinstance(one, PlacementGroupCleanerCallback)
-        ]
+        # ever; `remove_own_groups` and `remove_orphaned_groups` do its work. Of datasets, `Dealer` does it.
+        left_out = (PlacementGroupCleanerCallback, DatasetsCallback)
+        kept = [one for one in super()._create_default_callbacks() if not isinstance(one, left_out)]
+        return [*kept, self._dealer, _Drains()]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         if len(self._sizes) > 1:
@@ -93,26 +118,88 @@ class Trainer(TorchTrainer):
                 self.scaling_config, self._sizes, self._board, self._failures, self._checkpoints
             )
         parts["failure_policy"] = _Survival(self._failures, self._checkpoints, self._board)
-        # Ray reads these from the environment alone, and hands those of a set on to its controller.
+        # Ray reads these from the environment alone.
         os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(self._failures.hang_seconds)
         os.environ[WORKER_GROUP_START_TIMEOUT_S_ENV_VAR] = str(PLACE_SECONDS)
         os.environ[HEALTH_CHECK_INTERVAL_S_ENV_VAR] = str(LOOK_SECONDS)
         os.environ[TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S] = str(GOODBYE_SECONDS)
-        ENV_VARS_TO_PROPAGATE.add(TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S)
-        return super()._initialize_and_run_controller(**parts)
+        os.environ[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"  # `_Drains` is it
+        os.environ[ENABLE_CONTROLLER_STRUCTURED_LOGGING_ENV_VAR] = "0"  # it would log to this terminal
+        _log_to_files(self.train_run_context)
+        controller = _Controller(**parts)
+        asyncio.run(controller.run())
+        return controller.get_result()
+
+
+def _log_to_files(context: Any) -> None:
+    """Ray Train's own log of a run, in its session's folder alone: what concerns people, the run says itself."""
+    LoggingManager.configure_controller_logger(context)
+    logger = logging.getLogger("ray.train")
+    logger.handlers = [handler for handler in logger.handlers if handler.name != "console"]
+
+
+class _Workers(WorkerGroup):
+    """Ray's group of workers, which takes for granted that its controller is an actor."""
+
+    def _init_train_context_on_workers(
+        self, workers: list[Any], sync_actor: Any, train_context_args: Mapping[str, list[Any]]
+    ) -> None:
+        begun = [
+            worker.actor.init_train_context.remote(
+                train_run_context=self._train_run_context,
+                distributed_context=worker.distributed_context,
+                synchronization_actor=sync_actor,
+                storage_context=self._storage_context,
+                worker_callbacks=self._worker_callbacks_to_propagate,
+                controller_actor=None,  # whom workers would ask for checkpoints that Ray Train keeps
+                **{name: values[at] for name, values in train_context_args.items()},
+            )
+            for at, worker in enumerate(workers)
+        ]
+        ray.get(begun)
+        self._decorate_worker_log_file_paths(workers)
+
+
+class _Controller(TrainController):
+    worker_group_cls = _Workers
+
+
+class _Drains(PreemptionCallback):
+    """Tells workers that their node was told to go, from a thread here instead of an actor."""
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._stop_watcher()
+        workers = worker_group.get_workers()
+        ranks: dict[str, list[int]] = {}
+        for worker in workers:
+            ranks.setdefault(worker.metadata.node_id, []).append(worker.distributed_context.world_rank)
+        actors = {worker.distributed_context.world_rank: worker.actor for worker in workers}
+        self._watcher = PreemptionWatcher(ranks, self._poll_interval_s, actors)
+
+    def _stop_watcher(self) -> None:
+        if self._watcher is not None:
+            self._watcher._stop_event.set()
+            self._watcher = None
+
+
+# -------------------------------------------------------------------------------------------------- placement groups
+
+
+#: The creator of what no actor has made, but the command itself.
+NOBODY = (b"", ray.ActorID.nil().binary())
 
 
 def remove_orphaned_groups() -> None:
-    """Give back what controllers that died held for their workers: it goes with the job alone, not with the actor."""
+    """Give back what trials that died held for their workers: it goes with the job alone, not with the actor."""
     # Of a group that no actor made, such as Ray Tune's for its trials, Ray says the same.
-    nobody = (b"", ray.ActorID.nil().binary())
-    _remove_groups(lambda facts: facts.creator_actor_dead and facts.creator_actor_id not in nobody)
+    _remove_groups(lambda facts: facts.creator_actor_dead and facts.creator_actor_id not in NOBODY)
 
 
 def remove_own_groups() -> None:
-    """Give back what this actor, a controller, holds for its workers."""
+    """Give back what the controller in this process holds for its workers."""
     here = ray.get_runtime_context().get_actor_id()
-    _remove_groups(lambda facts: facts.creator_actor_id.hex() == here)
+    creators = (bytes.fromhex(here),) if here else NOBODY
+    _remove_groups(lambda facts: facts.creator_actor_id in creators)
 
 
 def _remove_groups(which: Callable[[Any], bool]) -> None:
@@ -128,19 +215,63 @@ def _remove_groups(which: Callable[[Any], bool]) -> None:
             ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(facts.placement_group_id)))
 
 
-class EvenShares(DataConfig):
-    """Deals rows out in blocks of one worker's share of a step, however many workers there are this time."""
+# -------------------------------------------------------------------------------------------------------------- rows
 
-    def __init__(self, global_batch: int, **options: Any) -> None:
-        super().__init__(**options)
-        self._global_batch = global_batch
 
-    def configure(self, datasets: Any, world_size: int, *args: Any, **options: Any) -> Any:
-        share = self._global_batch // world_size
-        blocks = {
-            name: rows.repartition(target_num_rows_per_block=share, strict=True) for name, rows in datasets.items()
-        }
-        return super().configure(blocks, world_size, *args, **options)
+@dataclass(frozen=True)
+class Part:
+    """What a worker that starts is given: the checkpoint that all resume from, and its share of the rows from there."""
+
+    found: checkpoint.Found | None
+    rows: DataIterator
+
+
+def part() -> Part:
+    """This worker's."""
+    given: Any = get_train_context().dataset_shard_provider
+    return given
+
+
+class Dealer(WorkerGroupCallback):
+    """Deals rows out in blocks of one worker's share of a step, however many workers there are this time.
+
+    Ray's own way has an actor that does no more than this.
+
+    Args:
+        start: where the run stands, and the rows from there; asked whenever the workers start.
+        global_batch: rows of a step.
+        options: of the execution.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[], tuple[checkpoint.Found | None, Dataset]],
+        global_batch: int,
+        options: ExecutionOptions,
+    ) -> None:
+        self._start, self._global_batch, self._options = start, global_batch, options
+        self._parts: list[Part] = []
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        # The process that deals comes up beside the workers', which takes as long. Where rows are kept in order, it
+        # has no choice of whom to give them, so it need not know on which nodes the workers are.
+        found, rows = self._start()
+        workers = worker_group_context.num_workers
+        blocks = rows.repartition(target_num_rows_per_block=self._global_batch // workers, strict=True)
+        blocks.context.execution_options = self._options
+        self._parts = [Part(found, shard) for shard in blocks.streaming_split(workers, equal=True)]
+
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        return {"dataset_shard_provider": self._parts}
+
+    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        if self._parts:
+            coordinator: Any = self._parts[0].rows
+            with contextlib.suppress(RayError):  # it is gone already
+                coordinator._coord_actor.shutdown_executor.remote()
+            self._parts = []
+
+    after_worker_group_abort = after_worker_group_shutdown
 
 
 # ---------------------------------------------------------------------------------------------------------- failures

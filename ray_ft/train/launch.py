@@ -96,6 +96,7 @@ def train(
     joins = session.address() or is_connected()
     with session.connected(0 if joins else fewest, recipe.train.cpus_per_worker):
         placement.refuse_impossible(recipe, view.line)
+        stream.start_helpers()  # they come up meanwhile
         if not examined:
             doctor.quick(recipe, view)
         job = prepare_job(recipe, view, stream.spread)

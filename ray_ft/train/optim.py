@@ -12,8 +12,6 @@ from torch import nn
 from ray_ft.errors import ModelError
 from ray_ft.recipe import Optimizer
 from ray_ft.strategy.base import Piece
-from ray_ft.train import eight_bit
-from ray_ft.train.adafactor import Adafactor
 
 #: Names of embedding tables, in transformers' models: the parameter's own name, or its module's.
 _TABLE = re.compile(r"embed_(tokens\w*|in|positions)|\w*pos_embed|wte|wpe|(?!patch_)(\w+_)?embeddings?")
@@ -46,9 +44,14 @@ def build(
         {"params": plain, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    # Imported where they are chosen: they bring DTensor, half a second, into commands that only launch.
     if settings.name == "adafactor":
+        from ray_ft.train.adafactor import Adafactor
+
         return Adafactor(groups, settings.lr, pieces, seed)
     if settings.name == "adamw_8bit":
+        from ray_ft.train import eight_bit
+
         eight_bit.check(trained[0][1].device)
         return eight_bit.AdamW8bit(groups, settings.lr, pieces, settings.betas, settings.eps, seed)
     # Fused also on the CPU, where it takes a sixth of the time.

@@ -26,7 +26,7 @@ from ray_ft.view import View
 
 from .judge import Verdict, judge
 from .testbed import Bed
-from .training import CONTROLLER, Local, OnBed, Recovery, Training
+from .training import DEALER, Local, OnBed, Recovery, Training
 
 pytestmark = [pytest.mark.multihost, pytest.mark.slow, pytest.mark.timeout(300)]
 EVERY = 8  # steps between checkpoints
@@ -140,11 +140,12 @@ def test_a_raylet_is_killed(run: Training, stage: Stage) -> None:
     assert run.output().count("failure 1 of 3") == before + 1
 
 
-def test_the_controller_is_killed(run: Training, stage: Stage) -> None:
+def test_what_deals_the_rows_is_killed(run: Training, stage: Stage) -> None:
     further(run)
-    (controller,) = stage.place.find(CONTROLLER)
-    check(run.strike("controller", lambda: os.kill(controller, signal.SIGKILL)))
-    assert "Ray Train's controller died" in run.output()
+    (dealer,) = stage.place.find(DEALER)
+    before = run.output().count("failure 1 of 3")
+    check(run.strike("dealer", lambda: os.kill(dealer, signal.SIGKILL)))
+    assert run.output().count("failure 1 of 3") == before + 1
 
 
 def test_the_command_is_told_to_end_and_given_again(run: Training) -> None:

@@ -20,7 +20,7 @@ from . import inside, process
 from .testbed import Background, Bed
 
 WORKER = "^ray::RayTrainWorker"
-CONTROLLER = "^ray::TrainController"
+DEALER = "^ray::SplitCoordinator"
 RESUMED = re.compile(r"(?:training goes on|resuming \S+) at step (\d+) of")
 SIZE = re.compile(r"training goes on at step \d+ of \d+ with (\d+) workers?\b")
 MODEL = re.compile(r"model in ([\d.]+) s")

@@ -409,6 +409,29 @@ def test_another_file_is_another_key(make_recipe: MakeRecipe, run: Run, text: Te
     assert after.location != before.location and not after.reused and after.counts.used == 6
 
 
+def test_a_tokenizer_that_was_looked_at_is_not_loaded_again_until_a_file_of_it_changes(
+    make_recipe: MakeRecipe, run: Run, monkeypatch: pytest.MonkeyPatch, demo: DemoPaths, tmp_path: Path
+) -> None:
+    base = shutil.copytree(demo.base, tmp_path / "base")
+    loaded: list[str] = []
+
+    def load(folder: str) -> Any:
+        loaded.append(folder)
+        return load_tokenizer(folder)
+
+    monkeypatch.setattr(module, "load_tokenizer", load)
+    first = run(make_recipe(), folder=str(base))
+    assert loaded
+    loaded.clear()
+    again = run(make_recipe(), folder=str(base))
+    assert again.reused and again.location == first.location and loaded == []
+    file = base / "tokenizer_config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "changes_no_token": 1}))
+    load_tokenizer.cache_clear()
+    assert run(make_recipe(), folder=str(base)).location == first.location and loaded == [str(base)]
+
+
 def test_another_tokenizer_or_template_is_another_key_and_another_folder_is_not(
     make_recipe: MakeRecipe, run: Run, demo: DemoPaths, tmp_path: Path
 ) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import queue
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -21,6 +23,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
+from ray.train.v2._internal.execution import preemption
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
@@ -158,6 +161,28 @@ def test_a_line_names_the_lost_workers_and_not_what_the_others_say_of_it() -> No
 
 
 # ------------------------------------------------------------------------------------------------------------- sizes
+
+
+def test_workers_hear_that_their_node_was_told_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preemption, "_get_draining_nodes", lambda: {"a": 0})
+    monkeypatch.setattr(ray, "nodes", list)
+    told: queue.Queue[Any] = queue.Queue()
+    workers = [
+        SimpleNamespace(
+            metadata=SimpleNamespace(node_id=node),
+            distributed_context=SimpleNamespace(world_rank=rank),
+            actor=SimpleNamespace(mark_preempt=SimpleNamespace(remote=lambda info, rank=rank: told.put((rank, info)))),
+        )
+        for rank, node in enumerate("ab")
+    ]
+    drains = controller._Drains()
+    drains.after_worker_group_start(SimpleNamespace(get_workers=lambda: workers))
+    heard = dict(told.get(timeout=10) for _ in workers)
+    assert [heard[rank].preempted_ranks for rank in (0, 1)] == [[0], [0]]
+    watching = drains._watcher._monitor_thread
+    drains.before_worker_group_shutdown(None)
+    watching.join(10)
+    assert not watching.is_alive()
 
 
 class Sizes(controller._EvenSizes):
