@@ -28,23 +28,22 @@ SEEN_BY_PIL = ("gemma3",)
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def lacks_torchvision(hf_config: Mapping[str, Any]) -> bool:
-    """Whether vLLM cannot load the model here, as it loads those with parts beside the text model by torchvision; but
-    for those whose images PIL reads for it (`vllm_plugin`)."""
-    by_pil = hf_config.get("model_type") in SEEN_BY_PIL
-    return "text_config" in hf_config and not by_pil and importlib.util.find_spec("torchvision") is None
+def cannot_load(hf_config: Mapping[str, Any]) -> str | None:
+    """Why vLLM cannot load the model in this environment; None: it can. That of GPU machines comes with both."""
+    kind = hf_config.get("model_type")
+    # Images of some models are read by PIL for it (`vllm_plugin`).
+    if "text_config" in hf_config and kind not in SEEN_BY_PIL and importlib.util.find_spec("torchvision") is None:
+        return "vLLM loads models with parts beside the text model by torchvision, which is not installed"
+    if kind == "gemma3n" and importlib.util.find_spec("timm") is None:
+        return "vLLM loads Gemma 3n's vision tower by timm, which is not installed"
+    return None
 
 
-def lacks_timm(hf_config: Mapping[str, Any]) -> bool:
-    """Whether vLLM cannot load the model here, as it loads Gemma 3n's vision tower by timm."""
-    sees = hf_config.get("model_type") == "gemma3n"
-    return sees and importlib.util.find_spec("timm") is None
-
-
-def leaves_out_embeddings(hf_config: Mapping[str, Any]) -> bool:
-    """Whether vLLM (0.32) would answer with another model: of Gemma 3n's language model alone, without its towers, it
-    reads the embeddings of each layer and never adds them; of the whole model it does."""
-    return hf_config.get("model_type") == "gemma3n_text"
+def answers_otherwise(hf_config: Mapping[str, Any]) -> str | None:
+    """Why vLLM (0.32) would answer as another model; None: it would not."""
+    if hf_config.get("model_type") == "gemma3n_text":  # it reads them and never adds them; of the whole model it does
+        return "vLLM leaves the embeddings of each layer out of a Gemma 3n without towers: it answers as another model"
+    return None
 
 
 def kv_bytes_per_token(hf_config: Mapping[str, Any], itemsize: int) -> int:

@@ -19,13 +19,12 @@ from ray_ft.vllm_needs import (
     CPU_OVERHEAD,
     GPU_MEMORY_UTILIZATION,
     ITEMSIZE,
+    answers_otherwise,
+    cannot_load,
     cpu_cache,
     environment,
     kv_bytes_per_token,
-    lacks_timm,
-    lacks_torchvision,
     least_cpu_cache,
-    leaves_out_embeddings,
     lora_rank,
     smallest_split,
 )
@@ -153,10 +152,9 @@ def plan(model: Model, cluster: Cluster) -> Plan:
             few and no more can come; or vLLM cannot load the model here, or would answer with another.
     """
     serve, facts = model.serve, model.facts
-    if leaves_out_embeddings(model.hf_config):
+    if why := answers_otherwise(model.hf_config):
         raise ServeError(
-            f"{model.folder} is a Gemma 3n without towers, whose embeddings of each layer vLLM leaves out: it would "
-            "answer with another model",
+            f"{model.folder}: {why}",
             ["ask it through transformers: ray-ft chat", "train and serve the whole model, google/gemma-3n-E4B-it"],
         )
     low, high = serve["replicas"] if isinstance(serve["replicas"], list | tuple) else (serve["replicas"],) * 2
@@ -219,15 +217,10 @@ def plan(model: Model, cluster: Cluster) -> Plan:
         }
         return Plan(device="gpu", cpus_per_replica=1, cpus_reserved=reserved(1), gpus_per_replica=gpus, **shared)
 
-    if lacks_torchvision(model.hf_config):  # that of GPU machines comes with vLLM
+    if why := cannot_load(model.hf_config):
         raise ServeError(
-            f"{model.folder} is a vision-language model, which vLLM loads by torchvision: it is not installed",
-            ["serve it where there are GPUs: their lock has it", "install a torchvision that was built for CPU torch"],
-        )
-    if lacks_timm(model.hf_config):
-        raise ServeError(
-            f"{model.folder} is a Gemma 3n, whose vision tower vLLM loads by timm: it is not installed",
-            ["serve it where there are GPUs: their lock has it", "pip install timm"],
+            f"{model.folder}: {why}",
+            ["serve it where there are GPUs: their lock has it", "install one that was built for CPU torch"],
         )
     per_node = math.ceil(high / cluster.nodes)
     threads = max(1, cluster.node_cpus // per_node)

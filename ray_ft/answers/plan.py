@@ -16,10 +16,11 @@ from ray_ft.vllm_needs import (
     CPU_OVERHEAD,
     GPU_MEMORY_UTILIZATION,
     ITEMSIZE,
+    answers_otherwise,
+    cannot_load,
     cpu_cache,
     environment,
     kv_bytes_per_token,
-    lacks_torchvision,
     least_cpu_cache,
     smallest_split,
 )
@@ -55,7 +56,9 @@ def plan_gpus(what: Found, gpus: int, gpu_bytes: int) -> Plan:
 
     Raises:
         ResourceError: the model does not fit.
+        ModelError: vLLM would answer as another model.
     """
+    _refuse(what, answers_otherwise(what.config.to_dict()))
     weights = _parameters(what) * 2  # bfloat16
     heads = int(what.config.get_text_config().num_attention_heads)
     usable = gpu_bytes * WEIGHTS_SHARE
@@ -77,22 +80,24 @@ def plan_gpus(what: Found, gpus: int, gpu_bytes: int) -> Plan:
     return Plan(gpus // split, split, 1, kwargs, {**environment(), **QUIET})
 
 
+def _refuse(what: Found, why: str | None) -> None:
+    if why:
+        raise ModelError(f"{what.name}: {why}", ["answer with --engine transformers"])
+
+
 def plan_cpu(what: Found, cpus: int, memory: int) -> Plan:
     """One engine on the CPUs of one node.
 
     Raises:
         ResourceError: weights and the cache of two prompts of full length do not fit its memory.
-        ModelError: vLLM cannot load the model here.
+        ModelError: vLLM cannot load the model here, or would answer as another model.
     """
-    if lacks_torchvision(what.config.to_dict()):
-        raise ModelError(
-            f"{what.name} is a vision-language model, which vLLM loads by torchvision: it is not installed",
-            ["answer with --engine transformers"],
-        )
+    config = what.config.to_dict()
+    _refuse(what, cannot_load(config) or answers_otherwise(config))
     dtype = str(load.stored_dtype(what.config)).removeprefix("torch.")
     dtype = dtype if dtype in ("float32", "bfloat16") else "float32"
     item = ITEMSIZE[dtype]
-    per_token = kv_bytes_per_token(what.config.to_dict(), item)
+    per_token = kv_bytes_per_token(config, item)
     least = least_cpu_cache(per_token, what.context)
     weights = _parameters(what) * item
     free = memory - weights - CPU_OVERHEAD

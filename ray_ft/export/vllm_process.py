@@ -32,11 +32,10 @@ from ray_ft.trained import Trained
 from ray_ft.vllm_needs import (
     CPU_KV_FLOOR,
     GPU_MEMORY_UTILIZATION,
+    answers_otherwise,
+    cannot_load,
     environment,
     kv_bytes_per_token,
-    lacks_timm,
-    lacks_torchvision,
-    leaves_out_embeddings,
     lora_rank,
 )
 
@@ -53,13 +52,9 @@ def obstacle(trained: Trained) -> str | None:
     """Why vLLM cannot be asked on this machine; None where it can."""
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed"
-    config = load.load_config(trained.base)
-    if lacks_torchvision(config.to_dict()):
-        return "vLLM reads models with parts beside the text model by torchvision, which is not installed"
-    if lacks_timm(config.to_dict()):
-        return "vLLM reads Gemma 3n's vision tower by timm, which is not installed"
-    if leaves_out_embeddings(config.to_dict()):
-        return "vLLM leaves the embeddings of each layer out of a Gemma 3n without towers, and answers otherwise"
+    config = load.load_config(trained.base).to_dict()
+    if why := cannot_load(config) or answers_otherwise(config):
+        return why
     weights = _bytes(trained)
     if not torch.cuda.is_available() and _built_for_gpus():
         return "vLLM here is built for GPUs, and this machine has none, such as a cluster's head"

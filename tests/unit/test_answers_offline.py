@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ray_ft.answers import plan
-from ray_ft.errors import ResourceError
+from ray_ft.errors import ModelError, ResourceError
 from ray_ft.vllm_failure import cause
 
 GIB = 1 << 30
@@ -64,6 +64,14 @@ def test_on_cpu_the_cache_takes_half_of_what_is_left_at_most(tmp_path: Path) -> 
     assert plenty.kwargs["kv_cache_memory_bytes"] == plan.MAX_NUM_SEQS_CPU * 8192 * per_token
     with pytest.raises(ResourceError, match=r"the largest node has 12\.0"):
         plan.plan_cpu(what, 6, 12 * GIB)
+
+
+def test_a_model_that_vllm_would_answer_for_as_another_is_refused(tmp_path: Path) -> None:
+    what = model(tmp_path, 4)
+    what.config.to_dict = lambda: {"model_type": "gemma3n_text"}
+    for refused in (lambda: plan.plan_cpu(what, 6, 30 * GIB), lambda: plan.plan_gpus(what, 8, 80 * GIB)):
+        with pytest.raises(ModelError, match="leaves the embeddings of each layer out"):
+            refused()
 
 
 def test_the_cause_is_what_the_engine_wrote_first(tmp_path: Path) -> None:
