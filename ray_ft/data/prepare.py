@@ -78,8 +78,9 @@ def prepare(
     """
     wanted: Sequence[AnySource] = getattr(recipe.data, split)
     files = all_files(wanted)
-    known = tokenizers.known(model_folder, recipe.run.storage)
-    tokenizer = known or tokenizers.identity(load_tokenizer(model_folder))
+    memo = tokenizers.Memo(model_folder, recipe.run.storage)
+    tokenizer = memo.known or tokenizers.identity(load_tokenizer(model_folder))
+    memo.found(tokenizer)
     identity = {
         "format": FORMAT,
         "sources": identities.of_sources(wanted),
@@ -106,8 +107,7 @@ def prepare(
         _run(_Work.of(recipe, split, location, model_folder, identity), chunks, cached, identity, spread, on_progress)
         prepared = load(location, recipe, split, model_folder)
         assert prepared is not None
-    if not known:
-        tokenizers.keep(model_folder, recipe.run.storage, tokenizer)
+    memo.keep()
     return prepared
 
 

@@ -295,13 +295,27 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None
     return re.compile("|".join(patterns)) if patterns else None
 
 
-@lru_cache(maxsize=4)
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a local model folder, kept per process.
+    """The fast tokenizer of a local model folder, kept per process until a file of the folder changes.
 
     Raises:
         ModelError: the folder holds no usable fast tokenizer.
     """
+    return _loaded(folder, _stamps(folder))
+
+
+def _stamps(folder: str) -> tuple[tuple[str, int, int], ...]:
+    """(Name, bytes, time of the last change) of its files; nothing where it cannot be read."""
+    try:
+        with os.scandir(folder) as found:
+            files = [(one.name, one.stat()) for one in found if one.is_file()]
+    except OSError:
+        return ()
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files))
+
+
+@lru_cache(maxsize=4)
+def _loaded(folder: str, stamps: tuple[tuple[str, int, int], ...]) -> PreTrainedTokenizerBase:
     without_unused()
     from transformers import AutoTokenizer
 

@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -40,6 +40,9 @@ class Watcher(Protocol):
     def asked(self) -> Ask:
         """STOP or DROP where the run should end after the step under way."""
 
+    def can_cancel(self, cancel: Callable[[], None]) -> None:
+        """Training begins; `cancel`, from any thread, ends it at once and without a checkpoint."""
+
 
 def run(job: worker.Job, watcher: Watcher) -> int:
     """Train on the connected cluster to the end. Returns the steps finished.
@@ -50,7 +53,7 @@ def run(job: worker.Job, watcher: Watcher) -> int:
     board = place()
     try:
         with _relaying(board, watcher):
-            return _fit(job, board, on_gpus(job.recipe))
+            return _fit(job, board, on_gpus(job.recipe), watcher)
     except Exception as error:
         raise _as_ours(error, job.recipe.run.dir) from error
     finally:
@@ -59,7 +62,7 @@ def run(job: worker.Job, watcher: Watcher) -> int:
         ray.kill(board)
 
 
-def _fit(job: worker.Job, board: Any, cuda: bool) -> int:
+def _fit(job: worker.Job, board: Any, cuda: bool, watcher: Watcher) -> int:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
@@ -103,6 +106,7 @@ def _fit(job: worker.Job, board: Any, cuda: bool) -> int:
         board=board,
         checkpoints=recipe.run.dir.checkpoints,
     )
+    watcher.can_cancel(trainer.cancel)
     try:
         trainer.fit()
     finally:

@@ -32,6 +32,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
+from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
 from ray.train.v2._internal.constants import (
     ENABLE_CONTROLLER_STRUCTURED_LOGGING_ENV_VAR,
     ENABLE_PREEMPTION_WATCHER_ENV_VAR,
@@ -66,6 +67,7 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError, Worker
 from ray_ft.errors import RayFtError, ResourceError, StorageError
 from ray_ft.hosts import choose_interface
 from ray_ft.recipe import Failures
+from ray_ft.retry import patiently
 from ray_ft.session import SPARE_CPUS
 from ray_ft.train import checkpoint
 from ray_ft.train.asks import Ask, Restart
@@ -102,15 +104,17 @@ class Trainer(TorchTrainer):
         **options: Any,
     ):
         super().__init__(*args, **options)
-        self._dealer, self._board, self._checkpoints = dealer, board, checkpoints
+        self._dealer, self._drains, self._board, self._checkpoints = dealer, _Drains(), board, checkpoints
         self._sizes, self._failures = sizes, failures
+        self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None
 
     def _create_default_callbacks(self) -> list[Any]:
         # Ray's cleaner of placement groups asks the dashboard, of which not every cluster has one, and then stays for
         # ever; `remove_own_groups` and `remove_orphaned_groups` do its work. Of datasets, `Dealer` does it.
-        left_out = (PlacementGroupCleanerCallback, DatasetsCallback)
+        # What tells Ray's state API of a run takes the controller for an actor.
+        left_out = (PlacementGroupCleanerCallback, DatasetsCallback, StateManagerCallback)
         kept = [one for one in super()._create_default_callbacks() if not isinstance(one, left_out)]
-        return [*kept, self._dealer, _Drains()]
+        return [*kept, self._dealer, self._drains]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         if len(self._sizes) > 1:
@@ -126,20 +130,52 @@ class Trainer(TorchTrainer):
         os.environ[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"  # `_Drains` is it
         os.environ[ENABLE_CONTROLLER_STRUCTURED_LOGGING_ENV_VAR] = "0"  # it would log to this terminal
         _log_to_files(self.train_run_context)
-        controller = _Controller(**parts)
-        asyncio.run(controller.run())
+        # It reaches for the storage, past our own ways of waiting for one that fails for a moment.
+        controller = patiently(lambda: _Controller(**parts))
+        try:
+            asyncio.run(self._run(controller))
+        finally:  # a group of workers that never came up is not taken down
+            for callback in (self._dealer, self._drains):
+                callback.stop()
         return controller.get_result()
+
+    async def _run(self, controller: TrainController) -> None:
+        running = asyncio.current_task()
+        assert running is not None
+        self._running = (asyncio.get_running_loop(), running)
+        await controller.run()
+
+    def cancel(self) -> None:
+        """From another thread: end `fit` where it next waits, which may be in seconds, and leave the workers alone."""
+        if self._running is not None:
+            loop, running = self._running
+            with contextlib.suppress(RuntimeError):  # it is over
+                loop.call_soon_threadsafe(running.cancel)
 
 
 def _log_to_files(context: Any) -> None:
     """Ray Train's own log of a run, in its session's folder alone: what concerns people, the run says itself."""
     LoggingManager.configure_controller_logger(context)
     logger = logging.getLogger("ray.train")
-    logger.handlers = [handler for handler in logger.handlers if handler.name != "console"]
+    logger.handlers = [handler for handler in logger.handlers if handler.name != "console" and _writes(handler)]
+
+
+def _writes(handler: Any) -> bool:
+    """Whether it can make its file: the session's folder may be another user's."""
+    try:
+        return handler.get_log_file_path() is not None
+    except OSError:
+        return False
 
 
 class _Workers(WorkerGroup):
-    """Ray's group of workers, which takes for granted that its controller is an actor."""
+    """Ray's group of workers, which takes for granted that its controller is an actor, and forgets the placement group
+    of workers that die while they start."""
+
+    def _create_placement_group(self, *given: Any) -> Any:
+        group = super()._create_placement_group(*given)
+        _placed.append(group)
+        return group
 
     def _init_train_context_on_workers(
         self, workers: list[Any], sync_actor: Any, train_context_args: Mapping[str, list[Any]]
@@ -181,29 +217,23 @@ class _Drains(PreemptionCallback):
             self._watcher._stop_event.set()
             self._watcher = None
 
+    stop = _stop_watcher
+
 
 # -------------------------------------------------------------------------------------------------- placement groups
 
 
-#: The creator of what no actor has made, but the command itself.
-NOBODY = (b"", ray.ActorID.nil().binary())
-
-
-def remove_orphaned_groups() -> None:
-    """Give back what trials that died held for their workers: it goes with the job alone, not with the actor."""
-    # Of a group that no actor made, such as Ray Tune's for its trials, Ray says the same.
-    _remove_groups(lambda facts: facts.creator_actor_dead and facts.creator_actor_id not in NOBODY)
+_placed: list[Any] = []  # what this process has asked for
 
 
 def remove_own_groups() -> None:
     """Give back what the controller in this process holds for its workers."""
-    here = ray.get_runtime_context().get_actor_id()
-    creators = (bytes.fromhex(here),) if here else NOBODY
-    _remove_groups(lambda facts: facts.creator_actor_id in creators)
+    while _placed:
+        _placed.pop().shutdown()
 
 
-def _remove_groups(which: Callable[[Any], bool]) -> None:
-    """Remove placement groups of this job, in which there may be other runs: those of a sweep."""
+def remove_orphaned_groups() -> None:
+    """Give back what trials that died held for their workers: it goes with the job alone, not with the actor."""
     from ray._raylet import PlacementGroupID
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData
     from ray.util.placement_group import PlacementGroup
@@ -211,7 +241,9 @@ def _remove_groups(which: Callable[[Any], bool]) -> None:
     job = ray.get_runtime_context().get_job_id()
     for raw in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
         facts = PlacementGroupTableData.FromString(raw)
-        if facts.creator_job_id.hex() == job and facts.state != PlacementGroupTableData.REMOVED and which(facts):
+        # Of a group that no actor made, such as Ray Tune's for its trials, Ray says that its creator is dead.
+        dead = facts.creator_actor_dead and facts.creator_actor_id not in (b"", ray.ActorID.nil().binary())
+        if dead and facts.creator_job_id.hex() == job and facts.state != PlacementGroupTableData.REMOVED:
             ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(facts.placement_group_id)))
 
 
@@ -251,8 +283,12 @@ class Dealer(WorkerGroupCallback):
     ) -> None:
         self._start, self._global_batch, self._options = start, global_batch, options
         self._parts: list[Part] = []
+        self._dealt = False
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
+        if not self._dealt and len(self._parts) == worker_group_context.num_workers:
+            return  # there was no room for them: nobody has had these
+        self.stop()
         # The process that deals comes up beside the workers', which takes as long. Where rows are kept in order, it
         # has no choice of whom to give them, so it need not know on which nodes the workers are.
         found, rows = self._start()
@@ -262,16 +298,18 @@ class Dealer(WorkerGroupCallback):
         self._parts = [Part(found, shard) for shard in blocks.streaming_split(workers, equal=True)]
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        self._dealt = True
         return {"dataset_shard_provider": self._parts}
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the process that deals, and with it the tasks that read for it."""
         if self._parts:
             coordinator: Any = self._parts[0].rows
-            with contextlib.suppress(RayError):  # it is gone already
-                coordinator._coord_actor.shutdown_executor.remote()
-            self._parts = []
-
-    after_worker_group_abort = after_worker_group_shutdown
+            ray.kill(coordinator._coord_actor)
+        self._parts, self._dealt = [], False
 
 
 # ---------------------------------------------------------------------------------------------------------- failures

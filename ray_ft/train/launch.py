@@ -28,6 +28,9 @@ from ray_ft.train.metrics import MetricsLog
 from ray_ft.train.schedule import total_steps
 from ray_ft.view import View
 
+#: Seconds for which a second Ctrl-C waits for an orderly end: a little longer than the controller's longest usual wait.
+CANCEL_SECONDS = 5.0
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -96,8 +99,8 @@ def train(
     joins = session.address() or is_connected()
     with session.connected(0 if joins else fewest, recipe.train.cpus_per_worker):
         placement.refuse_impossible(recipe, view.line)
-        stream.start_helpers()  # they come up meanwhile
         if not examined:
+            stream.start_helpers()  # they come up meanwhile
             doctor.quick(recipe, view)
         job = prepare_job(recipe, view, stream.spread)
         return _Monitor(job, view, began, beside, asked).watch(cluster.run)
@@ -183,6 +186,7 @@ class _Monitor:
         self._signal: int | None = None
         self._first: float | None = None
         self._lost: float | None = None  # when a failure was heard of
+        self._cancel: Callable[[], None] = lambda: None
         self._total = total_steps(job.recipe, job.order)
 
     def watch(self, start: Any) -> Outcome:
@@ -220,6 +224,12 @@ class _Monitor:
                 self._view.line("stopped at once; the same command continues at the newest checkpoint")
                 self._recording(self._log.close)
                 os._exit(128 + signal.SIGINT)
+            self._cancel()
+            with session.handling(signal.SIG_IGN):
+                thread.join(CANCEL_SECONDS)
+            if thread.is_alive():  # it waits for Ray, and Ray would end this process if it were shut down meanwhile
+                self._recording(self._log.close)
+                session.abandon(128 + signal.SIGINT)
             raise
         finally:
             self._recording(self._log.close)
@@ -269,6 +279,9 @@ class _Monitor:
         self._lost = None
         self._recording(lambda: self._log.rewind(step, rows))
         self._tell(lambda one: one.resumed())
+
+    def can_cancel(self, cancel: Callable[[], None]) -> None:
+        self._cancel = cancel
 
     def lost(self, why: str) -> None:
         """The workers are gone; `begin` follows if they come back."""

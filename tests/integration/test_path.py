@@ -467,3 +467,33 @@ def test_ctrl_c_leaves_a_run_that_continues_and_no_process(make: Make, tmp_path:
     found = checkpoint.newest(recipe.run.dir.checkpoints)
     assert found is not None
     assert found.step == read_metrics(recipe.run.dir)[-1]["step"]
+
+
+@pytest.mark.parametrize("when", ["workers start", "a step is under way"])
+def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(make: Make, tmp_path: Path, when: str) -> None:
+    slow = {"train.global_batch": 512, "train.micro_batch": 8, "train.max_steps": 3, "train.epochs": 10}
+    recipe = make(**on_ray(name="impatient", **slow, **{"run.storage": str(tmp_path)}))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    command = [sys.executable, "-m", "ray_ft", "train", str(file)]
+    process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 240
+
+    def is_time() -> bool:
+        if when == "a step is under way":
+            return bool(read_metrics(recipe.run.dir))
+        return any("ray::SynchronizationActor" in command_line(one) for one in process.children(recursive=True))
+
+    while not is_time():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    family = process.children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, output
+    assert "Ctrl-C again to stop at once" in output
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -413,11 +414,17 @@ def test_a_tokenizer_that_was_looked_at_is_not_loaded_again_until_a_file_of_it_c
     make_recipe: MakeRecipe, run: Run, monkeypatch: pytest.MonkeyPatch, demo: DemoPaths, tmp_path: Path
 ) -> None:
     base = shutil.copytree(demo.base, tmp_path / "base")
+    os.symlink("nowhere", base / "dangling_tokens.json")
+    template = base / "chat_template.jinja"
     loaded: list[str] = []
+    edits: list[str] = []
 
     def load(folder: str) -> Any:
+        tokenizer = load_tokenizer(folder)
         loaded.append(folder)
-        return load_tokenizer(folder)
+        if edits:  # while it is loaded, or while rows are prepared
+            template.write_text(edits.pop())
+        return tokenizer
 
     monkeypatch.setattr(module, "load_tokenizer", load)
     first = run(make_recipe(), folder=str(base))
@@ -426,10 +433,11 @@ def test_a_tokenizer_that_was_looked_at_is_not_loaded_again_until_a_file_of_it_c
     again = run(make_recipe(), folder=str(base))
     assert again.reused and again.location == first.location and loaded == []
     file = base / "tokenizer_config.json"
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps({**content, "changes_no_token": 1}))
-    load_tokenizer.cache_clear()
+    file.write_text(json.dumps({**json.loads(file.read_text()), "changes_no_token": 1}))
+    edits.append(template.read_text().replace("model", "bot"))
     assert run(make_recipe(), folder=str(base)).location == first.location and loaded == [str(base)]
+    # What was found of the old template must not be known of the new one.
+    assert run(make_recipe(), folder=str(base)).location != first.location
 
 
 def test_another_tokenizer_or_template_is_another_key_and_another_folder_is_not(
