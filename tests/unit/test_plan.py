@@ -211,6 +211,11 @@ def test_what_copies_sum_between_them_is_hidden_by_the_last_backward_pass_alone(
     assert more.speed.step - more.speed.compute == pytest.approx(slow.speed.step - slow.speed.compute, rel=0.01)
 
 
+def sent_of(plan: Any) -> speed._Sent:
+    train = plan.recipe.train
+    return speed._Sent(plan.shapes, train, Cut.of(train, plan.fleet.nodes), plan.fleet, PRICES.constants, twice=False)
+
+
 def test_copies_that_share_the_fabric_with_their_gathering_sum_where_nothing_is_gathered() -> None:
     planner = planner_of(recipe_of(workers=8, global_batch=64, fsdp={"replicas": 2}))
     plan = planner.plan(fleet_of(gpus=8))
