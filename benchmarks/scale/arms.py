@@ -33,7 +33,7 @@ from ray_ft.train.schedule import total_steps
 from ray_ft.view import View
 
 WAYS = ("whole", "control", "plain")
-STEPS = 40
+STEPS = 24
 LOG_EVERY = 2
 GLOBAL_BATCH = 8
 SEQ_LEN = 64
