@@ -1,14 +1,18 @@
 """One run of the tiny model in each of three ways, whose steps differ in what surrounds them:
 
     whole       Ray Data deals the rows, Ray Train's controller watches the workers
-    control     the same, but each worker has its rows in memory before the first step
+    control     the controller alone: no dataset is built and nothing deals it, as each worker reads its rows into
+                memory before the first step
     plain       the same loop in processes that this one starts, rows in memory, no Ray
+
+In the first two the rows of metrics also say how long the first worker talked to the board.
 
 `python -m benchmarks.scale.arms REQUEST.json` is one process of `plain`; `with_ray` runs the other two.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -24,14 +28,16 @@ from ray_ft.data import stream
 from ray_ft.data.order import Order
 from ray_ft.train import cluster, launch, worker
 from ray_ft.train.asks import Ask
-from ray_ft.train.board import Message
+from ray_ft.train.board import BoardLink, Message
 from ray_ft.train.schedule import total_steps
 from ray_ft.view import View
 
 WAYS = ("whole", "control", "plain")
-STEPS = 40
-LOG_EVERY = 5
-GLOBAL_BATCH = 16
+STEPS = 24
+LOG_EVERY = 2
+GLOBAL_BATCH = 8
+SEQ_LEN = 64
+TALK = "talk_seconds"  # in a row of metrics: of a step, spent on the board
 
 
 def job(scratch: str, base: str, rows: str, workers: int, name: str, steps: int = STEPS) -> worker.Job:
@@ -41,13 +47,13 @@ def job(scratch: str, base: str, rows: str, workers: int, name: str, steps: int 
         {
             "run": {"name": name, "storage": os.path.join(scratch, "runs")},
             "model": {"path": base},
-            "data": {"train": [source], "seq_len": 64},
+            "data": {"train": [source], "seq_len": SEQ_LEN},
             "train": {
                 "workers": workers,
                 "cpus_per_worker": 0.25,  # 8 workers and what reads rows, on two cores
                 "device": "cpu",
                 "global_batch": GLOBAL_BATCH,
-                "micro_batch": 2,
+                "micro_batch": 1,
                 "max_steps": steps,
                 "log_every": LOG_EVERY,
                 "checkpoint": {"every": steps},
@@ -98,13 +104,63 @@ class Rows:
 def with_ray(job: worker.Job, way: str) -> dict[str, Any]:
     """`whole` or `control` on the connected Ray: seconds to the first row of metrics, and all rows."""
     heard = Rows()
-    on_each = _control_worker if way == "control" else _whole_worker
-    with mock.patch.object(cluster, "_ray_worker", on_each):
+    with contextlib.ExitStack() as patched:
+        on_each = _whole_worker
+        if way == "control":
+            from ray_ft.train import controller
+
+            on_each = _control_worker
+            patched.enter_context(mock.patch.object(controller, "Dealer", without_rows(controller.Dealer)))
+            patched.enter_context(mock.patch.object(stream, "training_dataset", return_value=None))
+        patched.enter_context(mock.patch.object(cluster, "_ray_worker", on_each))
         cluster.run(job, heard)
     return heard.found()
 
 
-_whole_worker = cluster._ray_worker
+def without_rows(dealer: type[Any]) -> type[Any]:
+    """A dealer that says where the run stands, as the product's, and has no rows: no dataset, no coordinator."""
+    from ray_ft.train.controller import Part
+
+    class NoRows(dealer):  # type: ignore[misc]
+        def before_worker_group_start(self, worker_group_context: Any) -> None:
+            found, _ = self._start()
+            self._parts = [Part(found, None)] * worker_group_context.num_workers  # type: ignore[arg-type]
+
+        def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+            self._parts = []
+
+        after_worker_group_abort = after_worker_group_shutdown
+
+    return NoRows
+
+
+class Timed(BoardLink):
+    """The product's link, which writes into each row of metrics how long a step's calls of it took: `TALK`."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._talked, self._steps = 0.0, 0
+
+    def log(self, row: dict[str, float]) -> None:
+        each = self._talked / max(self._steps, 1)
+        began = time.perf_counter()
+        super().log({**row, TALK: each})
+        self._talked, self._steps = time.perf_counter() - began, 0  # what sending a row takes is in the next one
+
+    def asked(self) -> Ask:
+        began = time.perf_counter()
+        found = super().asked()
+        self._talked += time.perf_counter() - began
+        self._steps += 1  # it is asked once a step
+        return found
+
+
+_real_worker = cluster._ray_worker
+
+
+def _whole_worker(config: dict[str, Any]) -> None:
+    with mock.patch.object(cluster, "BoardLink", Timed):
+        _real_worker(config)
 
 
 def _control_worker(config: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import os
 import pickle
 import shutil
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.scale.driver import Driver
@@ -34,43 +34,44 @@ UNIT = prepare.SEGMENT_TOKENS // SEQ_LEN  # packed rows of one unit
 
 
 def by_files(
-    driver: Driver, scratch: Path, base: str, sizes: Sequence[int] = FILES, rows: int = ROWS_IN_FILES
+    driver: Driver, scratch: Path, base: str, repeat: int, sizes: Sequence[int] = FILES, rows: int = ROWS_IN_FILES
 ) -> list[Series]:
-    """The same rows in more and more files: each step before and around the rows, and preparing as a whole."""
-
-    def run(size: int) -> dict[str, float]:
-        folder = scratch / "files"
-        write_rows(folder, size, rows)
-        wanted = settings(scratch, base, str(folder)).data.train
-        found: list[tuple[int, sources.File]] = []
-        plain = timed(lambda: [entry.stat() for entry in os.scandir(folder)])
-        listing = timed(lambda: found.extend(checks.all_files(wanted)))
-        assert len(found) == size, "the listing lost files"
-        named = {"sources": [], "files": identity.of_files(found)}
-        in_memory = _in_memory(size)
-        objects = timed(lambda: checks.all_files(settings(scratch, base, in_memory).data.train))
-        changed = {**named, "files": [[number, f"{name}.new", *rest] for number, name, *rest in named["files"]]}
-        values = {
-            "listing": listing,
-            "listing, os.scandir and stat": plain,
-            "listing objects (fsspec, in memory)": objects,
-            "cutting into chunks": timed(
-                lambda: [one for number, file in found for one in sources.chunks_of(file, number)]
-            ),
-            "checking that files are unchanged": timed(lambda: checks.check_unchanged("", wanted, named)),
-            "naming what they are (identity)": timed(lambda: identity.key_of({"files": identity.of_files(found)})),
-            "saying that all files have other names": timed(
-                lambda: identity._of_files(named["files"], changed["files"])
-            ),
-        }
-        return {**values, **_of_parquet(scratch / "parquet", base, size), **_prepared(driver, scratch, base, rows)}
-
-    names = measured(sizes, run, 1)
-    memory = {name: names.pop(name) for name in list(names) if name.endswith("MiB")}
+    """The same rows in more and more files: each step before and around the rows, and preparing as a whole, once."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for size in sizes:
+        write_rows(scratch / "files", size, rows)
+        calls = {**_around_rows(scratch, base, size), "looking at Parquet files": _of_parquet(scratch, base, size)}
+        for turn in range(-1, repeat):  # one more before, as a warm-up
+            for name, call in calls.items():
+                seconds = timed(call)
+                if turn >= 0:
+                    found.setdefault(name, {}).setdefault(size, []).append(seconds)
+        for name, values in _prepared(driver, scratch, base, rows, repeat).items():
+            found.setdefault(name, {})[size] = values
     return [
-        *(Series(f"files, {name}", "files", "s", 1, values) for name, values in names.items()),
-        *(Series(f"files, {name.removesuffix(', MiB')}", "files", "MiB", 1, values) for name, values in memory.items()),
+        Series(f"files, {name.removesuffix(', MiB')}", "files", "MiB" if name.endswith("MiB") else "s", 1, values)
+        for name, values in found.items()
     ]
+
+
+def _around_rows(scratch: Path, base: str, size: int) -> dict[str, Callable[[], object]]:
+    """What is done with `size` files without reading their rows."""
+    folder = scratch / "files"
+    wanted = settings(scratch, base, str(folder)).data.train
+    objects = settings(scratch, base, _in_memory(size)).data.train
+    found = list(checks.all_files(wanted))
+    assert len(found) == size, "the listing lost files"
+    named = {"sources": [], "files": identity.of_files(found)}
+    changed = [[number, f"{name}.new", *rest] for number, name, *rest in named["files"]]
+    return {
+        "listing": lambda: checks.all_files(wanted),
+        "listing, os.scandir and stat": lambda: [entry.stat() for entry in os.scandir(folder)],
+        "listing objects (fsspec, in memory)": lambda: checks.all_files(objects),
+        "cutting into chunks": lambda: [one for number, file in found for one in sources.chunks_of(file, number)],
+        "checking that files are unchanged": lambda: checks.check_unchanged("", wanted, named),
+        "naming what they are (identity)": lambda: identity.key_of({"files": identity.of_files(found)}),
+        "saying that all files have other names": lambda: identity._of_files(named["files"], changed),
+    }
 
 
 def _in_memory(count: int) -> str:
@@ -84,8 +85,9 @@ def _in_memory(count: int) -> str:
     return "memory://rows"
 
 
-def _of_parquet(folder: Path, base: str, files: int) -> dict[str, float]:
+def _of_parquet(scratch: Path, base: str, files: int) -> Callable[[], object]:
     """What has to be known of Parquet files before any row is read: their columns and row groups."""
+    folder = scratch / "parquet"
     write_rows(folder, files, max(files, 1000), ".parquet")
     wanted = settings(folder, base, str(folder)).data.train
     found = checks.all_files(wanted)
@@ -95,20 +97,19 @@ def _of_parquet(folder: Path, base: str, files: int) -> dict[str, float]:
         for number, file in found:
             sources.chunks_of(file, number)
 
-    return {"looking at Parquet files": timed(look)}
+    return look
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
 
 
-def by_rows(driver: Driver, scratch: Path, base: str, sizes: Sequence[int] = ROWS) -> list[Series]:
-    """More and more rows in one file."""
-
-    def run(size: int) -> dict[str, float]:
+def by_rows(driver: Driver, scratch: Path, base: str, repeat: int, sizes: Sequence[int] = ROWS) -> list[Series]:
+    """More and more rows in one file; prepared once."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for size in sizes:
         write_rows(scratch / "files", 1, size)
-        return _prepared(driver, scratch, base, size)
-
-    found = measured(sizes, run, 1)
+        for name, values in _prepared(driver, scratch, base, size, repeat).items():
+            found.setdefault(name, {})[size] = values
     return [
         Series("rows, preparing", "rows", "s", 1, found["preparing"]),
         Series("rows, finding them prepared", "rows", "s", 1, found["finding them prepared"]),
@@ -116,14 +117,15 @@ def by_rows(driver: Driver, scratch: Path, base: str, sizes: Sequence[int] = ROW
     ]
 
 
-def _prepared(driver: Driver, scratch: Path, base: str, rows: int) -> dict[str, float]:
+def _prepared(driver: Driver, scratch: Path, base: str, rows: int, repeat: int) -> dict[str, list[float]]:
+    """Of preparing the files, once; and of finding them prepared, `repeat` times."""
     shutil.rmtree(scratch / "runs", ignore_errors=True)
-    found = driver.prepare(scratch, base)
+    found = driver.prepare(scratch, base, repeat)
     assert found["rows"] == rows, f"{found['rows']} of {rows} rows were prepared"
     return {
-        "preparing": found["seconds"],
+        "preparing": [found["seconds"]],
         "finding them prepared": found["again"],
-        "memory of the driver, MiB": found["mib"],
+        "memory of the driver, MiB": [found["mib"]],
     }
 
 
@@ -196,4 +198,4 @@ def series(scratch: str, repeat: int, many: bool) -> list[Series]:
     rows = (*ROWS, MANY_ROWS) if many else ROWS
     found = [*by_order(repeat), *by_held_out(repeat)]
     with Driver() as driver:
-        return [*found, *by_files(driver, folder, base), *by_rows(driver, folder, base, rows)]
+        return [*found, *by_files(driver, folder, base, repeat), *by_rows(driver, folder, base, repeat, rows)]

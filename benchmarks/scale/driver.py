@@ -32,15 +32,16 @@ class Driver:
         self._process.stdin.close()
         self._process.wait()
 
-    def prepare(self, scratch: Path, base: str) -> dict[str, float]:
-        """Prepare the rows in `scratch`/files: seconds, those to find them prepared again, MiB of memory, rows.
+    def prepare(self, scratch: Path, base: str, repeat: int) -> dict[str, Any]:
+        """Prepare the rows in `scratch`/files: seconds, those to find them prepared again (`repeat` times), MiB of
+        memory, rows.
 
         Raises:
             RuntimeError: it died; what it said stands on stderr.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        print(json.dumps([str(scratch), base]), file=self._process.stdin, flush=True)
+        print(json.dumps([str(scratch), base, repeat]), file=self._process.stdin, flush=True)
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
@@ -56,11 +57,11 @@ def serve() -> None:
 
         base: float | None = None
         for line in sys.stdin:
-            scratch, model = json.loads(line)
+            scratch, model, repeat = json.loads(line)
             if base is None:
                 _warm(Path(scratch), model, spread)
                 base = _status("VmRSS")
-            print(json.dumps(_prepared(Path(scratch), model, spread, base)), flush=True)
+            print(json.dumps(_prepared(Path(scratch), model, spread, base, repeat)), flush=True)
 
 
 def _warm(scratch: Path, model: str, spread: Any) -> None:
@@ -72,8 +73,9 @@ def _warm(scratch: Path, model: str, spread: Any) -> None:
     prepare.prepare(settings(scratch / "warm", model, str(scratch / "few")), "train", model, spread)
 
 
-def _prepared(scratch: Path, model: str, spread: Any, base: float) -> dict[str, float]:
+def _prepared(scratch: Path, model: str, spread: Any, base: float, repeat: int) -> dict[str, Any]:
     from benchmarks.scale.files import settings
+    from benchmarks.scale.growth import timed
     from ray_ft.data import prepare, stream
 
     one = settings(scratch, model, str(scratch / "files"))
@@ -81,9 +83,7 @@ def _prepared(scratch: Path, model: str, spread: Any, base: float) -> dict[str, 
     began = time.perf_counter()
     made = prepare.prepare(one, "train", model, spread)
     seconds, peak = time.perf_counter() - began, _status("VmHWM")
-    began = time.perf_counter()
-    prepare.prepare(one, "train", model, stream.in_process)
-    again = time.perf_counter() - began
+    again = [timed(lambda: prepare.prepare(one, "train", model, stream.in_process)) for _ in range(repeat)]
     return {"seconds": seconds, "again": again, "mib": max(peak - base, 0.01), "rows": made.counts.used}
 
 

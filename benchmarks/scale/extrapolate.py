@@ -1,18 +1,23 @@
 """From costs measured on one machine to hundreds of GPUs: arithmetic, with `ray_ft.plan` for what GPUs and fabric do.
 
 Limits: what was measured is a straight line through 1 to 8 workers on two cores; nobody has run 512. So each overhead
-is given twice: as if each worker's part ran beside the others', which is so of what happens in the workers, and as if
-all parts came one after the other in one process, which is the worst that a driver, a coordinator or an actor can do.
+is given twice: as if each worker's part ran beside the others', which is so of what happens in the workers; and as if
+all parts came one after the other in one process, which is the worst that a driver, a coordinator or an actor can do,
+and two standard errors more. Indexes of checkpoints are measured at their full size, on a local disk.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from benchmarks.result import Table
-from benchmarks.scale.growth import Series, line, number
+from benchmarks.scale.checkpoints import INDEX, index_name
+from benchmarks.scale.fit import Linear
+from benchmarks.scale.growth import Series, number
+from ray_ft.plan.cut import Cut
 
 if TYPE_CHECKING:
     from ray_ft.plan.planner import Plan
@@ -31,45 +36,25 @@ LAYOUTS: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A cost by the number of workers: `fixed`, and `each` more for every worker."""
-
-    fixed: float
-    each: float
-
-    @classmethod
-    def of(cls, series: Series) -> Linear:
-        """The line through all that was measured; what noise makes negative is nothing."""
-        points = [(size, value) for size, values in series.values.items() for value in values]
-        fixed, each = line([size for size, _ in points], [value for _, value in points])
-        return cls(max(fixed, 0.0), max(each, 0.0))
-
-    def beside(self) -> float:
-        """Where each worker's part runs beside the others'."""
-        return self.fixed + self.each
-
-    def in_a_row(self, workers: int) -> float:
-        """Where all come one after the other."""
-        return self.fixed + self.each * workers
-
-
-@dataclass(frozen=True)
 class Costs:
-    """What was measured.
+    """What was measured, by the number of workers; seconds.
 
     Attributes:
-        data, control: seconds that Ray Data and Ray's control add to a step.
-        start: seconds that they add to a start.
-        commit, restore: seconds for each run (a tensor's piece on a worker) of a checkpoint's index: of rank 0, which
-            commits, and of each worker, which looks for its own.
+        rows, board: for which a step waits for rows, and talks to the board of Ray's control.
+        start: that Ray Train and Ray Data add to a start.
+        data, control: that are left when whole steps are taken from each other: for comparison alone.
+        commit, restore: of the checkpoint's index of each layout, with as many runs as `runs_of` says: of rank 0,
+            which commits, and of each worker, which looks for its own.
         requests: to storage, one after the other, of rank 0's commit.
     """
 
+    rows: Linear
+    board: Linear
+    start: Linear
     data: Linear
     control: Linear
-    start: Linear
-    commit: float
-    restore: float
+    commit: Mapping[str, Mapping[int, Sequence[float]]]
+    restore: Mapping[str, Mapping[int, Sequence[float]]]
     requests: Linear
 
 
@@ -79,9 +64,9 @@ class Estimate:
 
     Attributes:
         step: of computing and sending alone, as planned.
-        best, worst: the same with overheads, beside each other and in a row.
-        start: Ray's own part of a start, in a row.
-        runs: in a checkpoint's index. commit, restore, requests: see `Costs`.
+        best, worst: the same with overheads, beside each other; and in a row, with what is not known of them.
+        start, start_most: Ray's own part of a start, in a row; and what it is not above.
+        commit, restore: of the index. requests: see `Costs`.
     """
 
     workers: int
@@ -89,60 +74,54 @@ class Estimate:
     best: float
     worst: float
     start: float
-    runs: int
+    start_most: float
     commit: float
     restore: float
     requests: float
 
 
-def extrapolate(costs: Costs, workers: int, step: float, tensors: int) -> Estimate:
+def extrapolate(costs: Costs, workers: int, step: float, layout: str) -> Estimate:
     """One step, start and checkpoint of `workers` GPUs.
 
     Args:
         step: seconds of computing and sending, without overheads.
-        tensors: in a checkpoint, moments included; each is in a run on every worker (FSDP and ZeRO-3 cut each).
+        layout: one of `LAYOUTS`.
 
-    Control comes on top of the step. Ray Data works while the step computes (`stream.PREFETCH_STEPS` batches ahead), so
-    of its time only what is longer than the step counts.
+    Waiting for rows and talking to the board come on top of the step. A longer step hides more of the first
+    (`stream.PREFETCH_STEPS` batches wait in each worker), which is not counted.
 
     Raises:
         ValueError: a number that is not above 0.
+        KeyError: no checkpoint of so many workers was measured.
     """
-    if workers < 1 or step <= 0 or tensors < 1:
-        raise ValueError(f"{workers} workers, a step of {step} s and {tensors} tensors: all have to be above 0")
-
-    def with_overheads(data: float, control: float) -> float:
-        return max(step, data) + control
-
-    runs = workers * tensors
+    if workers < 1 or step <= 0:
+        raise ValueError(f"{workers} workers and a step of {step} s: both have to be above 0")
+    both = costs.rows, costs.board
     return Estimate(
         workers,
         step,
-        with_overheads(costs.data.beside(), costs.control.beside()),
-        with_overheads(costs.data.in_a_row(workers), costs.control.in_a_row(workers)),
+        step + sum(one.beside() for one in both),
+        step + sum(one.most(workers) for one in both),
         costs.start.in_a_row(workers),
-        runs,
-        costs.commit * runs,
-        costs.restore * runs,
+        costs.start.most(workers),
+        statistics.median(costs.commit[layout][workers]),
+        statistics.median(costs.restore[layout][workers]),
         costs.requests.in_a_row(workers),
     )
 
 
-def costs_of(series: Sequence[Series], tensors_in_shards: int) -> Costs:
-    """The costs among all series, by their names.
-
-    Args:
-        tensors_in_shards: of the checkpoints of many workers.
-    """
-    named = {one.name: one for one in series}
-    start = Linear.of(named["Ray Train, more until the first step"])
-    rows = Linear.of(named["Ray Data, more until the first step"])
+def costs_of(series: Sequence[Series]) -> Costs:
+    """The costs among all series, by their names."""
+    named = {one.name: one.values for one in series}
+    train, rows = named["Ray Train, more until the first step"], named["Ray Data, more until the first step"]
+    both = {count: [a + b for a, b in zip(train[count], rows[count], strict=True)] for count in train}
     return Costs(
+        Linear.of(named["Ray Data, waiting for rows, of a step"]),
+        Linear.of(named["Ray's control, talking to the board, of a step"]),
+        Linear.of(both),
         Linear.of(named["Ray Data, more of a step"]),
         Linear.of(named["Ray's control, more of a step"]),
-        Linear(start.fixed + rows.fixed, start.each + rows.each),
-        max(named["checkpoint of many workers, committing"].per_unit / tensors_in_shards, 0.0),
-        max(named["checkpoint of many workers, restoring one worker's part"].per_unit / tensors_in_shards, 0.0),
+        *({layout: named[index_name(layout, name)] for layout in LAYOUTS} for name in INDEX),
         Linear.of(named["checkpoint of many workers, requests of a commit"]),
     )
 
@@ -166,16 +145,40 @@ def plans() -> dict[tuple[int, str], Plan]:
     return found
 
 
-def tensors_of(plan: Plan) -> int:
-    """In a checkpoint: what is trained, and for Adafactor two factors of each; of others its two moments."""
-    return 3 * sum(parameter.trained for parameter in plan.shapes.parameters)
+def runs_of(plan: Plan) -> int:
+    """Runs (a tensor's piece on a worker) in the index of a checkpoint, of FSDP.
+
+    Of each trained weight every worker of one copy of the model that has rows of it writes its own. Moments of AdamW
+    are cut like it. What is whole on all workers, rank 0 writes alone: the count of steps of each weight, and all of
+    Adafactor's moments, two of a matrix, one of a vector (`ray_ft.strategy.state`, `ray_ft.train.adafactor`).
+
+    Raises:
+        ValueError: another strategy, which cuts otherwise.
+    """
+    train = plan.recipe.train
+    cut = Cut.of(train, plan.fleet.nodes)
+    if cut.strategy != "fsdp":
+        raise ValueError(f"the runs of {cut.strategy} are not counted, only those of fsdp")
+    trained = [parameter for parameter in plan.shapes.parameters if parameter.trained]
+    pieces = sum(cut.elements(one, rank) > 0 for one in trained for rank in range(cut.shards))
+    if train.optimizer.name == "adafactor":
+        return pieces + len(trained) + sum(2 if len(one.shape) > 1 else 1 for one in trained)
+    return 3 * pieces + len(trained)
+
+
+def indexes(planned: Mapping[tuple[int, str], Plan]) -> dict[str, dict[int, tuple[int, int]]]:
+    """What `checkpoints.by_runs` measures: layout → GPUs → (those that write weights, runs in the index)."""
+    found: dict[str, dict[int, tuple[int, int]]] = {}
+    for (gpus, layout), plan in planned.items():
+        found.setdefault(layout, {})[gpus] = Cut.of(plan.recipe.train, plan.fleet.nodes).shards, runs_of(plan)
+    return found
 
 
 def tables(costs: Costs, planned: Mapping[tuple[int, str], Plan]) -> list[Table]:
     """The estimates, and what they start from."""
     rows, alone = [], None
     for (gpus, layout), plan in planned.items():
-        found = extrapolate(costs, gpus, plan.speed.step, tensors_of(plan))
+        found = extrapolate(costs, gpus, plan.speed.step, layout)
         tokens = ROWS_PER_GPU * plan.recipe.data.seq_len  # of a GPU in a step
         alone = alone or tokens / found.step
         rows.append(
@@ -183,12 +186,12 @@ def tables(costs: Costs, planned: Mapping[tuple[int, str], Plan]) -> list[Table]
                 f"{gpus}, {layout}",
                 number(plan.speed.compute),
                 number(plan.speed.communication),
-                number(found.step),
-                f"{number(found.best)} to {number(found.worst)}",
+                f"{found.step:.3f}",
+                f"{found.best:.3f} to {found.worst:.3f}",
                 f"{gpus * tokens / found.worst:,.0f} to {gpus * tokens / found.best:,.0f}",
                 f"{tokens / found.worst / alone:.0%} to {tokens / found.best / alone:.0%}",
-                number(found.start),
-                f"{found.runs:,}",
+                f"{number(found.start)}, ≤ {number(found.start_most)}",
+                f"{runs_of(plan):,}",
                 f"{number(found.commit)} and {number(found.restore)}",
                 f"{found.requests:,.0f}",
             )
@@ -199,12 +202,16 @@ def tables(costs: Costs, planned: Mapping[tuple[int, str], Plan]) -> list[Table]
         "index: rank 0 to commit, each to restore [s]", "requests of a commit",
     )  # fmt: skip
     measured = [
-        (name, number(1000 * one.fixed), number(1000 * one.each))
-        for name, one in (("Ray Data, a step", costs.data), ("control, a step", costs.control), ("start", costs.start))
+        (name, *one.said())
+        for name, one in (
+            ("a step's waiting for rows", costs.rows),
+            ("a step's talking to the board", costs.board),
+            ("Ray's part of a start", costs.start),
+            ("for comparison: Ray Data, more of a whole step", costs.data),
+            ("for comparison: Ray's control, more of a whole step", costs.control),
+        )
     ]
-    index = [(f"index, each run, {name}", number(1000 * value), "") for name, value in
-             (("committing", costs.commit), ("restoring", costs.restore))]  # fmt: skip
     return [
         Table("Gemma 3 27B, extrapolated", columns, rows),
-        Table("From what was measured here", ("", "fixed [ms]", "for each worker [ms]"), [*measured, *index]),
+        Table("From what was measured here, with standard errors", ("", "fixed [ms]", "each worker [ms]"), measured),
     ]

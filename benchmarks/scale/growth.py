@@ -2,7 +2,8 @@
 
 The exponent is the slope between the last two sizes on logarithmic axes: 1 where twice the work costs twice as much, 0
 where it costs the same. What does not grow (a start, an import) lowers it, so the sizes have to be large enough that
-little of the last one is that; a table shows them all.
+little of the last one is that; a table shows them all. A cost that at one of these two sizes cannot be told from
+nothing has no exponent, and no verdict: it is listed as not measurable.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Series:
         unit: of the values: "s", "MiB", "requests".
         due: the exponent that it should have at most: 1 where each piece of work costs, 0 where none should.
         values: size → what was measured, once for each repetition.
-        floor: values below it count as it: what cannot be told from nothing does not grow.
+        floor: a size whose median is not above it, or of which one value is not above 0, is not told from nothing.
     """
 
     name: str
@@ -44,16 +45,21 @@ class Series:
     floor: float = 1e-9
 
     @property
-    def exponents(self) -> list[float]:
-        """Of each repetition; a size that was measured less often lends its last value.
+    def measurable(self) -> bool:
+        """Whether both of the last two sizes are told from nothing.
 
         Raises:
             ValueError: fewer than two sizes were measured.
         """
         if len(self.values) < 2:
             raise ValueError(f"{self.name}: an exponent takes two sizes, there are {len(self.values)}")
-        floor = self.floor
-        return [exponent((n, max(less, floor)), (m, max(more, floor))) for (n, less), (m, more) in self._pairs()]
+        last = [self.values[size] for size in sorted(self.values)[-2:]]
+        return all(statistics.median(values) > self.floor and min(values) > 0 for values in last)
+
+    @property
+    def exponents(self) -> list[float]:
+        """Of each repetition; a size that was measured less often lends its last value. None where not `measurable`."""
+        return [exponent(below, above) for below, above in self._pairs()] if self.measurable else []
 
     def _pairs(self) -> list[tuple[tuple[int, float], tuple[int, float]]]:
         low, high = sorted(self.values)[-2:]
@@ -67,19 +73,26 @@ class Series:
         return statistics.median((above - below) / (large - small) for (small, below), (large, above) in self._pairs())
 
     @property
-    def grows_too_fast(self) -> bool:
-        return statistics.median(self.exponents) > self.due + SLACK
+    def grows_too_fast(self) -> bool | None:
+        """None where it cannot be told."""
+        return statistics.median(self.exponents) > self.due + SLACK if self.measurable else None
 
-    def figure(self) -> Figure:
+    def figure(self) -> Figure | None:
+        """The exponent against what is due; None where it cannot be told."""
+        if not self.measurable:
+            return None
         name = f"{self.name}: exponent over {self.of}"
         return Figure(name, self.exponents, at_most=round(self.due + SLACK, 2), form="{:.2f}")
 
-    def row(self) -> tuple[str, str, str]:
+    def row(self) -> tuple[str, str, str, str]:
         sizes = sorted(self.values)
+        times = {len(self.values[size]) for size in sizes}
+        found = spread(self.exponents, "{:.2f}") if self.measurable else "not measurable"
         return (
             f"{self.name} [{self.unit}]",
             " / ".join(f"{size:,}" for size in sizes) + f" {self.of}",
             " / ".join(number(statistics.median(self.values[size])) for size in sizes),
+            f"{found}, due {self.due:g}; " + (f"{min(times)} to {max(times)}" if len(times) > 1 else f"{min(times)}"),
         )
 
 
@@ -116,18 +129,9 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def line(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
-    """(value at 0, more for each) of the straight line that fits best (least squares).
-
-    Raises:
-        statistics.StatisticsError: fewer than two sizes, or all are one.
-    """
-    found = statistics.linear_regression(sizes, values)
-    return found.intercept, found.slope
-
-
 def table(title: str, series: Sequence[Series]) -> Table:
-    return Table(title, ("", "sizes", "median at each"), [one.row() for one in series])
+    columns = ("", "sizes", "median at each", "exponent, what is due; repetitions")
+    return Table(title, columns, [one.row() for one in series])
 
 
 def number(value: float) -> str:
@@ -139,6 +143,6 @@ def number(value: float) -> str:
 
 def say(part: str, series: Sequence[Series]) -> None:
     for one in series:
-        found = spread(one.exponents, "{:.2f}")
-        verdict = "grows too fast" if one.grows_too_fast else "as it should"
+        found = spread(one.exponents, "{:.2f}") if one.measurable else "none"
+        verdict = {None: "not measurable", True: "grows too fast", False: "as it should"}[one.grows_too_fast]
         print(f"{part}: {one.name}: exponent {found} over {one.of}, due {one.due:g}: {verdict}", file=sys.stderr)

@@ -25,7 +25,8 @@ class Speed:
 
     Attributes:
         compute: of matrix products, recomputation included; `communication`: of all that is sent; `update`: of the
-            optimizer. Where sending overlaps with computing the longer of the two counts.
+            optimizer. Where sending overlaps with computing the longer of the two counts; of what copies of the model
+            sum between them, what the last backward pass does not cover.
         mfu: share of the GPUs' peak as metrics.jsonl counts it: without attention scores and recomputation.
     """
 
@@ -55,14 +56,17 @@ def estimate(shapes: Shapes, recipe: Recipe, fleet: Fleet, prices: Prices) -> Sp
     peak = fleet.gpu.bf16_tflops * 1e12
     compute = tokens / world * (useful + again) / (peak * fleet.gpu.utilisation * factor)
     sent = _Sent(shapes, train, Cut.of(train, fleet.nodes), fleet, prices.constants, asks_twice(recipe))
-    hidden, exposed = sent.while_computing(), sent.after()
+    hidden, exposed, between = sent.while_computing(), sent.after(), sent.between_copies()
+    forwards = (1 + asks_twice(recipe)) * (2 * shapes.text_weights + scores)
+    backwards = 1 - forwards / (useful + again)
+    covered = backwards / train.accumulation * sent.left_for_copies(compute, hidden)
     update = sent.update()
-    step = max(compute, hidden) + exposed + update
+    step = max(compute, hidden) + max(between - covered, between * sent.ends_with()) + exposed + update
     return Speed(
         tokens / step,
         step,
         compute,
-        hidden + exposed,
+        hidden + between + exposed,
         update,
         tokens * shapes.text_flops / step / (peak * world),
     )
@@ -128,11 +132,35 @@ class _Sent:
             summed = 0.0 if cut.strategy == "zero2" else 2 * self._ring(trained * FP32, cut.world)
             spread = 0.0 if cut.strategy == "none" else self._ring(trained * self.shapes.compute, cut.world)
             return summed + spread
+        return 0.0
+
+    def between_copies(self) -> float:
+        """The all-reduce of each shard's gradients between the copies of the model (HSDP), once per step.
+
+        FSDP2 starts a block's on a stream of its own once the block's gradients are summed within the copy, in the last
+        backward pass of a step, and waits for all of them only at the end of that pass (torch 2.13,
+        distributed/fsdp/_fully_shard: `foreach_reduce`, `FSDPParamGroup.finalize_backward`).
+        """
+        cut = self.cut
         groups = cut.world // cut.shards
-        if groups == 1:
+        if cut.strategy != "fsdp" or groups == 1:
             return 0.0
         between = self.fleet.gpu.network_gbps if self.fleet.nodes > 1 else self.fleet.gpu.link_gbps
-        return 2 * (groups - 1) / groups * trained / cut.shards * FP32 / (between * 1e9)
+        return 2 * (groups - 1) / groups * self._trained() / cut.shards * FP32 / (between * 1e9)
+
+    def left_for_copies(self, compute: float, hidden: float) -> float:
+        """Seconds of a step's passes in which the copies could sum: all of them where a copy lies within a node, whose
+        gathering leaves the network alone; else those in which nothing is gathered."""
+        if self.fleet.nodes > 1 and self.cut.shards <= self.fleet.gpus_per_node:
+            return max(compute, hidden)
+        return max(compute - hidden, 0.0)
+
+    def ends_with(self) -> float:
+        """Share of the trained elements whose gradients come last, behind which nothing computes."""
+        shapes = self.shapes
+        trained = lambda index: sum(p.numel for p in shapes.group(index) if p.trained)  # noqa: E731
+        last = trained(ROOT) or next(filter(None, map(trained, shapes.text_blocks)), 0)
+        return last / max(self._trained(), 1)
 
     def update(self) -> float:
         share = sum(self.cut.share(p) for p in self.shapes.parameters if p.trained)
@@ -148,11 +176,16 @@ class _Sent:
         return sum(p.numel for p in self.shapes.parameters if p.trained)
 
     def _ring(self, size: float, workers: int) -> float:
-        """Seconds in which `workers` gather, or sum into shards, `size` bytes; within and between nodes at once."""
+        """Seconds in which `workers` gather, or sum into shards, `size` bytes; within and between nodes at once.
+
+        In a ring each worker sends (workers - 1) / workers of all bytes to the next (Patarasuk & Yuan 2009, doi
+        10.1016/j.jpdc.2008.09.002), also where the next is on another node. NCCL spreads the bytes over as many rings
+        as a node has GPUs with a way to the network, each of which leaves the node by another one.
+        """
         if workers == 1:
             return 0.0
         gpu, per_node = self.fleet.gpu, self.fleet.gpus_per_node
-        nodes = -(-workers // per_node)
-        within = size * (workers - 1) / workers / (gpu.link_gbps * 1e9) if per_node > 1 else 0.0
-        between = size * (nodes - 1) / nodes / (gpu.network_gbps * 1e9 * per_node)
+        each = size * (workers - 1) / workers
+        within = each / (gpu.link_gbps * 1e9) if per_node > 1 else 0.0
+        between = each / (gpu.network_gbps * 1e9 * per_node) if workers > per_node else 0.0
         return max(within, between)

@@ -19,6 +19,7 @@ from ray_ft.cli import app
 from ray_ft.errors import ModelError, RecipeError, ResourceError
 from ray_ft.model import load
 from ray_ft.plan import fleet, memory, search, shapes, speed
+from ray_ft.plan.cut import Cut
 from ray_ft.plan.fleet import GIB, Fleet
 from ray_ft.plan.planner import Planner
 from ray_ft.recipe import Recipe
@@ -188,6 +189,52 @@ def test_a_slow_network_shows_and_copies_per_node_spare_it() -> None:
     assert (
         across.speed.communication > 4 * faster.speed.communication
     )  # 6.25 against 50 GB/s, where NVLink is the limit
+
+
+def test_what_copies_sum_between_them_is_hidden_by_the_last_backward_pass_alone() -> None:
+    planner = planner_of(recipe_of("train.fsdp.replicas=nodes", workers=16, global_batch=64))
+    found = planner.plan(fleet_of("h100-80", 2, 8))
+    trained = TOTALS["1b"]
+    summed = 2 * (1 / 2) * trained / 8 * 4 / 50e9  # each of 2 copies' 8 shards in float32, by its own way out
+    inside = found.speed.communication - summed
+    assert 0 < inside < found.speed.compute
+    root = sum(p.numel for p in found.shapes.group(shapes.ROOT)) / trained  # the embedding's gradient comes last
+    assert found.speed.step == pytest.approx(found.speed.compute + summed * root + found.speed.update)
+    # A network so slow that the backward pass (two thirds of the computing, at least) cannot hide it.
+    slow = planner.plan(fleet_of("a100-80", 2, 8))
+    exposed = slow.speed.step - slow.speed.update - slow.speed.compute
+    assert 8 * summed - slow.speed.compute < exposed < 8 * summed - 0.6 * slow.speed.compute / 4
+    more = planner.plan(
+        fleet_of("a100-80", 2, 8), ["train.global_batch=256"]
+    )  # with more micro-batches, still one pass
+    assert more.recipe.train.accumulation == 4 * slow.recipe.train.accumulation
+    assert more.speed.step - more.speed.compute == pytest.approx(slow.speed.step - slow.speed.compute, rel=0.01)
+
+
+def sent_of(plan: Any) -> speed._Sent:
+    train = plan.recipe.train
+    return speed._Sent(plan.shapes, train, Cut.of(train, plan.fleet.nodes), plan.fleet, PRICES.constants, twice=False)
+
+
+def test_copies_that_share_the_fabric_with_their_gathering_sum_where_nothing_is_gathered() -> None:
+    planner = planner_of(recipe_of(workers=8, global_batch=64, fsdp={"replicas": 2}))
+    plan = planner.plan(fleet_of(gpus=8))
+    sent = speed._Sent(
+        plan.shapes, plan.recipe.train, Cut.of(plan.recipe.train, 1), plan.fleet, PRICES.constants, False
+    )
+    assert sent.left_for_copies(3.0, 2.0) == 1.0
+    assert sent.left_for_copies(2.0, 3.0) == 0.0
+
+
+def test_a_ring_over_nodes_carries_between_them_what_each_worker_sends() -> None:
+    plan = planner_of(recipe_of(workers=16)).plan(fleet_of("h100-80", 2, 8))
+    sent = speed._Sent(
+        plan.shapes, plan.recipe.train, Cut.of(plan.recipe.train, 2), plan.fleet, PRICES.constants, False
+    )
+    gpu = plan.fleet.gpu
+    assert sent._ring(1e9, 16) == pytest.approx(15 / 16 / (8 * gpu.network_gbps))
+    assert sent._ring(1e9, 8) == pytest.approx(7 / 8 / gpu.link_gbps)
+    assert sent._ring(1e9, 1) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------ search
