@@ -97,6 +97,8 @@ def taken(way: Callable[[], torch.Tensor], decoder: torch.nn.Module, device: tor
     for _ in range(1 + REPEATS):
         with Ledger() if device.type != "cuda" else contextlib.nullcontext() as ledger:
             memory = _Memory(device, ledger)
+            for parameter in decoder.parameters() if ledger is not None else ():
+                ledger.ignore(parameter)  # Gemma's head is the embedding
 
             def ended(_: Any, __: Any, output: Any, memory: _Memory = memory) -> None:
                 output.last_hidden_state.register_hook(lambda _: peaks.append(memory.most()))

@@ -90,6 +90,8 @@ def run(
             rows.touch()
             command = child_command(name, str(rows), f"{limit:.1f}", device, str(steps), *["small"] * small)
             environment = dict(os.environ)
+            if small:  # threads that wait for each other are slower than one on what is so small
+                environment.setdefault("OMP_NUM_THREADS", "1")
             if device == "cuda" and not parts[name].gpu:
                 environment["CUDA_VISIBLE_DEVICES"] = ""  # a context would take memory from the others
             with log.open("wb") as out:
