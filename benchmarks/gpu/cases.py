@@ -30,7 +30,9 @@ class Case:
         settings: overrides of the recipe.
         patches: what no setting of a recipe does, by its name in `patches`.
         documents: packed into each row.
-        keys: whether the product can be told so, in a recipe; an aim is for such cases alone.
+        instead: what is trained where this does not fit in memory.
+        sought: how long a row can be is what is asked, not how fast it is.
+        against: the case of the ablation that this one is compared with.
     """
 
     name: str
@@ -42,13 +44,18 @@ class Case:
     patches: tuple[str, ...] = ()
     seq_len: int = 4096
     documents: int = 1
+    instead: Case | None = None
+    sought: bool = False
+    against: str = "4B"
 
     @property
     def keys(self) -> bool:
+        """Whether the product can be told so, in a recipe; an aim is for such cases alone."""
         return not self.patches
 
     def variant(self, name: str, *settings: str, patches: Sequence[str] = (), **changes: Any) -> Case:
         """The same with further settings, which win."""
+        changes = {"instead": None, **changes}
         return replace(self, name=name, settings=(*self.settings, *settings), patches=tuple(patches), **changes)
 
     @property
@@ -57,42 +64,66 @@ class Case:
         return " ".join([one.removeprefix("train.") for one in self.settings] + [f"+{one}" for one in self.patches])
 
 
-#: LoRA's layers that are recomputed are as few as fit (`ray-ft plan`): each costs half as much again.
-LORA_27B = Case("LoRA 27B", "27b", True, 1, 1, ("train.gradient_checkpointing=0.25",))
+def _recomputing(name: str, *settings: str, patches: Sequence[str] = ()) -> Case:
+    """LoRA of 27B with as few layers recomputed as `ray-ft plan` says fit (each costs half as much again), and more
+    where they do not."""
+    case: Case | None = None
+    for share in (1.0, 0.5, 0.25):
+        named = name if share == 0.25 else f"{name}, {share:g} of the layers recomputed"
+        every = (f"train.gradient_checkpointing={share:g}" if share < 1 else RECOMPUTE, *settings)
+        case = Case(named, "27b", True, 1, 1, every, tuple(patches), instead=case)
+    assert case is not None
+    return case
+
+
+def _with_instead(*cases: Case) -> tuple[Case, ...]:
+    """Cases, each followed by what is trained in its place."""
+    found: list[Case] = []
+    for case in cases:
+        at: Case | None = case
+        while at is not None:
+            found.append(at)
+            at = at.instead
+    return tuple(found)
+
+
+#: With SDPA a mask of rows × rows would be what is at its limit, and layers with a window take the time of all places.
+FLEX = "model.attention=flex_attention"
+LORA_27B = _recomputing("LoRA 27B")
+LORA_WAYS = (
+    _recomputing("LoRA 27B, flex attention", FLEX),
+    _recomputing("LoRA 27B, torch.compile", patches=("compile",)),
+)
 FULL_27B = Case("full 27B, Adafactor in backward", "27b", False, 4, 4, (*ADAFACTOR, *IN_BACKWARD, RECOMPUTE))
 FULL_27B_8BIT = Case("full 27B, 8-bit AdamW in backward", "27b", False, 3, 3, (*ADAMW_8BIT, *IN_BACKWARD, RECOMPUTE))
 #: Gradients of a whole step fit beside these: the update's time is shared by several passes.
 FULL_12B = Case("full 12B, Adafactor", "12b", False, 8, 1, ADAFACTOR)
 FULL_4B = Case("full 4B, Adafactor", "4b", False, 8, 2, ADAFACTOR)
-#: With SDPA a mask of rows × rows would be what is at its limit, and layers with a window take the time of all places.
-FLEX = "model.attention=flex_attention"
-LONG_LORA = LORA_27B.variant("longest row, LoRA 27B", RECOMPUTE, FLEX)
-LONG_FULL = FULL_27B.variant("longest row, full 27B, Adafactor in backward", FLEX, rows=1, micro=1)
+LONG_LORA = LORA_27B.variant("longest row, LoRA 27B", RECOMPUTE, FLEX, sought=True)
+LONG_FULL = FULL_27B.variant("longest row, full 27B, Adafactor in backward", FLEX, rows=1, micro=1, sought=True)
 
-LORA_CASES = (
-    LORA_27B,
-    LORA_27B.variant("LoRA 27B, flex attention", FLEX),
-    LORA_27B.variant("LoRA 27B, torch.compile", patches=("compile",)),
-)
 BASE = Case("4B", "4b", True, 4, 2)
-#: Liger replaces classes for the rest of its process, so it comes last.
+RECOMPUTED = BASE.variant("all layers recomputed", RECOMPUTE)
+#: Those of most worth first. Liger replaces classes for the rest of its process, so it comes last.
 ABLATION = (
     BASE,
-    BASE.variant("all layers recomputed", RECOMPUTE),
-    BASE.variant("half of the layers recomputed", "train.gradient_checkpointing=0.5"),
-    BASE.variant("4 documents a row", documents=4),
+    RECOMPUTED,
     BASE.variant("attention: flex_attention", FLEX),
-    BASE.variant("attention: flash_attention_2", "model.attention=flash_attention_2"),
     BASE.variant("torch.compile, layer by layer", patches=("compile",)),
-    BASE.variant("sdpa: cuDNN's kernel alone", patches=("sdpa cudnn",)),
-    BASE.variant("sdpa: the memory-efficient kernel alone", patches=("sdpa efficient",)),
-    BASE.variant("sdpa: flash's kernel alone", patches=("sdpa flash",)),
-    BASE.variant("sdpa: no kernel but plain operations", RECOMPUTE, patches=("sdpa math",)),
-    BASE.variant("attention: eager", "model.attention=eager", RECOMPUTE),
     BASE.variant("logits of all targets at once", "train.loss_chunk=8192"),
+    BASE.variant("attention: flash_attention_2", "model.attention=flash_attention_2"),
+    # All scores are kept, which fits where all else is recomputed.
+    RECOMPUTED.variant("attention: eager", "model.attention=eager", against=RECOMPUTED.name),
+    BASE.variant("sdpa: cuDNN's kernel where it can", patches=("sdpa cudnn",)),
+    BASE.variant("sdpa: the memory-efficient kernel where it can", patches=("sdpa efficient",)),
+    BASE.variant("4 documents a row", documents=4),
     BASE.variant("Liger's RMSNorm, GeGLU, RoPE", patches=("liger",)),
 )
-TRAINED = (*LORA_CASES, FULL_27B, FULL_27B_8BIT, FULL_12B, FULL_4B)
+TRAINED = _with_instead(LORA_27B, *LORA_WAYS, FULL_27B, FULL_27B_8BIT, FULL_12B, FULL_4B)
+#: What a recipe can say, and so `ray-ft plan` can foresee; that which comes first in a short call first.
+PLANNED = tuple(
+    case for case in (LORA_27B, FULL_27B, FULL_27B_8BIT, FULL_12B, FULL_4B, *ABLATION, *TRAINED) if case.keys
+)
 
 
 def tiny(case: Case) -> Case:

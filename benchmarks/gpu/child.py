@@ -1,4 +1,4 @@
-"""One part in this process: `python -m benchmarks.gpu.child NAME ROWS SECONDS DEVICE STEPS [small]`.
+"""One part in this process: `python -m benchmarks.gpu.child NAME ROWS LIMIT DEVICE STEPS [small]`.
 
 Rows go to the file ROWS, each a line of JSON as soon as it is there: the process may be ended at any moment.
 """
@@ -17,8 +17,8 @@ from benchmarks.gpu.parts import PARTS, Setting
 
 def main(arguments: list[str]) -> None:
     began = time.monotonic()
-    name, rows, seconds, device, steps, *more = arguments
-    part = PARTS[name]
+    name, rows, limit, device, steps, *more = arguments
+    part, small = PARTS[name], more == ["small"]
     with Path(rows).open("a", encoding="utf-8") as out, tempfile.TemporaryDirectory(prefix="ray_ft_gpu_") as scratch:
 
         def emit(row: dict[str, Any]) -> None:
@@ -32,7 +32,8 @@ def main(arguments: list[str]) -> None:
             from benchmarks.gpu.device import described
 
             emit({"about": described(torch.device(where))})
-        part.function(Setting(where, more == ["small"], int(steps), began + float(seconds), Path(scratch), emit))
+        seconds = 0.0 if small else part.seconds
+        part.measure(Setting(where, small, int(steps), began + float(limit), Path(scratch), emit, seconds))
 
 
 if __name__ == "__main__":

@@ -13,15 +13,16 @@ GIB = 2**30
 
 
 def described(device: torch.device) -> dict[str, Any]:
-    """`gpu`: name, memory, driver and CUDA version in a sentence; `limit`: bytes of memory, 0 where there is no GPU."""
+    """`gpu`: name, memory and CUDA version in a line; `limit`: bytes of memory, 0 where there is no GPU."""
     if device.type != "cuda":
         return {"gpu": "no GPU", "limit": 0}
     properties = torch.cuda.get_device_properties(device)
-    line = f"{properties.name}, {properties.total_memory / GIB:.1f} GiB, driver {_driver()}, CUDA {torch.version.cuda}"
+    line = f"{properties.name}, {properties.total_memory / GIB:.1f} GiB, CUDA {torch.version.cuda}"
     return {"gpu": line, "limit": properties.total_memory}
 
 
-def _driver() -> str:
+def driver() -> str:
+    """Version of the GPU's driver. In a process of its own: it takes no memory of the GPU."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.split()
@@ -57,6 +58,15 @@ def give_back(device: torch.device) -> None:
     if device.type == "cuda":
         with contextlib.suppress(RuntimeError):  # after an error of the device nothing can be given back
             torch.cuda.empty_cache()
+
+
+def is_broken(device: torch.device) -> bool:
+    """Whether the device fails whatever it is asked, as after an illegal access: until its process ends."""
+    try:
+        wait(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def is_out_of_memory(error: BaseException) -> bool:

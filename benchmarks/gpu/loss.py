@@ -1,12 +1,14 @@
 """The loss in chunks against logits of all targets at once, at Gemma's 262,208 words: most memory, and time.
 
-One layer of 27B stands before the head, so that all else is small; counted is what a forward and backward pass takes
-beside weights, gradients' final places and inputs. Where there is no GPU the bytes of tensors are counted instead
-(`ray_ft.plan.ledger`), as nothing asks the allocator there.
+One layer of 27B stands before the head, so that hidden states have a gradient to take. Memory is counted from the end
+of the decoder's forward pass to where the gradient of its output is complete: what the head and the loss take beside
+weights and what the layer keeps. Time is of the whole, layer included, forwards and backwards. Where there is no GPU
+the bytes of tensors are counted instead (`ray_ft.plan.ledger`), as nothing asks the allocator there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -30,7 +32,7 @@ REPEATS = 5
 
 
 def measure(setting: Setting) -> None:
-    """Rows: `name`, `bytes` (most, beside what stood before), `seconds` (of a forward and backward pass), `loss`."""
+    """Rows: `name`, `bytes` (most, of head and loss alone), `seconds` (of a forward and backward pass), `loss`."""
     device = torch.device(setting.device)
     text = config_of("27b", setting.small).get_text_config()
     text.num_hidden_layers, text.layer_types = 1, text.layer_types[:1]
@@ -54,32 +56,66 @@ def measure(setting: Setting) -> None:
     }
     for name, way in ways.items():
         try:
-            setting.emit({"name": name, **_taken(way, device)})
+            setting.emit({"name": name, **taken(way, model.get_decoder(), device)})
         except Exception as error:  # out of memory is what a whole loss may come to
             setting.emit({"name": name, "why": reason(error)})
             del error
         devices.give_back(device)
 
 
-def _taken(way: Callable[[], torch.Tensor], device: torch.device) -> dict[str, Any]:
-    seconds = []
-    most, loss = 0, 0.0
-    for _ in range(1 + REPEATS):
-        devices.wait(device)
-        devices.forget_peak(device)
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        began = time.perf_counter()
-        if device.type == "cuda":
-            total = way()
-            total.backward()
-            loss = total.item()
-            most = max(most, devices.peak(device)["allocated"] - before)
+class _Memory:
+    """Bytes in tensors, of a GPU by its allocator, else by a ledger that was active all the time."""
+
+    def __init__(self, device: torch.device, ledger: Ledger | None) -> None:
+        self._device, self._ledger = device, ledger
+        self._before = 0
+
+    def begin(self) -> None:
+        """From here on the most is asked for, beside what there is."""
+        devices.wait(self._device)
+        if self._ledger is not None:
+            self._ledger.take_peak()
+            self._before = self._ledger.live
         else:
-            with Ledger() as ledger:
+            devices.forget_peak(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+
+    def most(self) -> int:
+        """Since `begin`."""
+        if self._ledger is not None:
+            return self._ledger.take_peak()[0] - self._before
+        return devices.peak(self._device)["allocated"] - self._before
+
+
+def taken(way: Callable[[], torch.Tensor], decoder: torch.nn.Module, device: torch.device) -> dict[str, Any]:
+    """`bytes`, `seconds` and `loss` of a way to a loss through a decoder that it calls once.
+
+    Raises:
+        RuntimeError: no gradient came to the decoder's output.
+    """
+    seconds, peaks, loss = [], [], 0.0
+    for _ in range(1 + REPEATS):
+        with Ledger() if device.type != "cuda" else contextlib.nullcontext() as ledger:
+            memory = _Memory(device, ledger)
+            for parameter in decoder.parameters() if ledger is not None else ():
+                ledger.ignore(parameter)  # Gemma's head is the embedding
+
+            def ended(_: Any, __: Any, output: Any, memory: _Memory = memory) -> None:
+                output.last_hidden_state.register_hook(lambda _: peaks.append(memory.most()))
+                memory.begin()
+
+            hook = decoder.register_forward_hook(ended)
+            try:
+                devices.wait(device)
+                began = time.perf_counter()
                 total = way()
                 total.backward()
-            loss, most = total.item(), max(most, ledger.take_peak()[1])
-        devices.wait(device)
-        seconds.append(time.perf_counter() - began)
+                loss = total.item()
+                devices.wait(device)
+                seconds.append(time.perf_counter() - began)
+            finally:
+                hook.remove()
         del total
-    return {"bytes": most, "seconds": sorted(seconds[1:])[REPEATS // 2], "loss": loss}
+    if len(peaks) != len(seconds):
+        raise RuntimeError(f"{len(peaks)} gradients came to the decoder's output in {len(seconds)} passes")
+    return {"bytes": max(peaks), "seconds": sorted(seconds[1:])[REPEATS // 2], "loss": loss}

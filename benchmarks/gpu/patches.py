@@ -10,12 +10,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-#: Name after "sdpa " → torch's name of the kernel.
+#: Name after "sdpa " → torch's names of kernels, the first that can do a layer's attention does it. None can do all of
+#: Gemma's alone: layers with a window have a mask, which flash cannot take, and the others share keys among heads.
 KERNELS = {
-    "flash": "FLASH_ATTENTION",
-    "efficient": "EFFICIENT_ATTENTION",
-    "cudnn": "CUDNN_ATTENTION",
-    "math": "MATH",
+    "efficient": ("EFFICIENT_ATTENTION", "FLASH_ATTENTION", "CUDNN_ATTENTION", "MATH"),
+    "cudnn": ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"),
 }
 NAMES = ("compile", "liger", *(f"sdpa {kernel}" for kernel in KERNELS))
 
@@ -52,11 +51,11 @@ def after(names: Sequence[str], module: Any) -> None:
 @contextlib.contextmanager
 def training(names: Sequence[str]) -> Iterator[None]:
     """Context of the steps."""
-    kernels = [KERNELS[name.removeprefix("sdpa ")] for name in names if name.startswith("sdpa ")]
+    kernels = [kernel for name in names if name.startswith("sdpa ") for kernel in KERNELS[name.removeprefix("sdpa ")]]
     if not kernels:
         yield
         return
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    with sdpa_kernel([getattr(SDPBackend, kernel) for kernel in kernels]):
+    with sdpa_kernel([getattr(SDPBackend, kernel) for kernel in kernels], set_priority=True):
         yield

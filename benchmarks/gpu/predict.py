@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.gpu.cases import ABLATION, TRAINED, Case, config_of, recipe_of, tiny
+from benchmarks.gpu.cases import Case, config_of, recipe_of, tiny
 from benchmarks.gpu.parts import reason
 from ray_ft.plan import Planner, fleet
 from ray_ft.plan.memory import CONTEXT, SLACK
@@ -24,10 +24,10 @@ def planned(case: Case, small: bool = False) -> Any:
     return Planner(recipe, config_of(case.size, small), prices).plan(fleet.choose(prices, 1, GPU, 1, 1))
 
 
-def all_cases(setting: Setting) -> None:
+def measure(setting: Setting, *cases: Case) -> None:
     """Rows: `case`, `tensors` and `total` (bytes, on the GPU: without and with context and slack), `tokens_per_second`,
     `fits`."""
-    for case in (*TRAINED, *(one for one in ABLATION if one.keys)):
+    for case in dict.fromkeys(cases):
         if setting.left < 10:
             setting.emit({"case": case.name, "why": "the time was over"})
             continue

@@ -8,11 +8,12 @@ with the deviation 0.02 of Gemma's own initialisation; norms are zero, which for
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,8 +35,15 @@ from ray_ft.train.asks import Ask
 from ray_ft.train.loop import train
 from ray_ft.train.metrics import Meter
 
-WARM_UP = 3
+if TYPE_CHECKING:
+    from benchmarks.gpu.parts import Setting
+
+WARM_UP = 2
 BATCHES = 4  # different ones, taken in turn
+MOST = 100  # steps of a case
+
+#: Rows of metrics so far, each with `at`, the time at which its step was done.
+Rows = list[dict[str, float]]
 
 
 @torch.no_grad()
@@ -73,15 +81,25 @@ class Built:
         scores = speed.score_flops(shapes.attended(config.get_text_config(), case.seq_len), case.seq_len)
         self.flops, self.score_flops = self.built.flops_per_token, 3 * scores
 
-    def run(self, steps: int, seq_len: int, until: Callable[[], bool], seed: int = 0) -> list[dict[str, float]]:
-        """Steps from the first on; fewer where `until` says that it is enough. Returns rows of metrics with `at`, the
-        time at which each was done."""
-        recipe, link = self.recipe, _Clocked(self.device, until)
+    def run(
+        self,
+        steps: int,
+        seq_len: int,
+        enough: Callable[[Rows], bool] = lambda _: False,
+        each: Callable[[Rows], None] = lambda _: None,
+        seed: int = 0,
+    ) -> Rows:
+        """Steps from the first on.
+
+        Args:
+            enough: asked within a step, with the rows of those before; true: the step is the last.
+            each: called after each step.
+        """
+        recipe, link = self.recipe, _Clocked(self.device, enough, each)
         rows = mock_rows(self.case.rows * BATCHES, seq_len, self.words, self.case.documents, seed)
         counts = Counts(packed=recipe.train.global_batch * steps)
         order = Order.of(recipe, Prepared("mock", seq_len, counts, (Unit(0, 0, counts.packed),), ()))
         meter = Meter(self.layout, self.flops)
-        link.began = time.perf_counter()
         with patches.training(self.case.patches):
             train(
                 self.built.strategy, batches(rows, self.case.rows), order, None, recipe.train, 0, steps,
@@ -112,10 +130,9 @@ def batches(rows: pack.Rows, size: int) -> Iterator[Batch]:
 class _Clocked:
     """The loop's link: takes the time of each step once the device is done with it."""
 
-    def __init__(self, device: torch.device, until: Callable[[], bool]) -> None:
-        self._device, self._until = device, until
-        self.rows: list[dict[str, float]] = []
-        self.began = 0.0
+    def __init__(self, device: torch.device, enough: Callable[[Rows], bool], each: Callable[[Rows], None]) -> None:
+        self._device, self._enough, self._each = device, enough, each
+        self.rows: Rows = []
 
     def begin(self, step: int, workers: int, model_seconds: float, rows: list[dict[str, float]]) -> None:
         raise AssertionError("only a run with checkpoints says that it begins")
@@ -125,10 +142,11 @@ class _Clocked:
 
     def log(self, row: dict[str, float]) -> None:
         devices.wait(self._device)
-        self.rows.append({**row, "at": time.perf_counter()})
+        self.rows.append({**row, "at": time.monotonic()})
+        self._each(self.rows)
 
     def asked(self) -> Ask:
-        return Ask.DROP if self._until() else Ask.NOTHING
+        return Ask.DROP if self._enough(self.rows) else Ask.NOTHING
 
 
 class _Nothing:
@@ -149,36 +167,66 @@ class _Nothing:
     def check(self, step: int, needed: bool) -> None: ...
 
 
-def measured(
-    case: Case, device: torch.device, folder: Path, small: bool, steps: int, until: Callable[[], bool]
-) -> dict[str, Any]:
-    """A row about a case: seconds of each timed step, peak memory, FLOPs per token, the first and the last loss.
+def durations(rows: Rows) -> list[float]:
+    """Seconds of each step after the first, whose beginning is not known."""
+    times = [row["at"] for row in rows]
+    return [after - before for before, after in itertools.pairwise(times)]
+
+
+def is_last(rows: Rows, steps: int, seconds: float, until: float) -> bool:
+    """Whether the step that is under way should be the last, by the rows of those before.
+
+    It is where with it `steps` are timed, and `seconds`; or where after it less would be left until `until` than one
+    and a half of the longest. The first step says nothing of how long one takes: it may compile.
+    """
+    took = durations(rows)
+    if not took:
+        return bool(rows) and time.monotonic() > until
+    timed = took[WARM_UP - 1 :]
+    if len(timed) + 1 >= steps and sum(timed) + took[-1] >= seconds and len(rows) >= WARM_UP:
+        return True
+    return until - rows[-1]["at"] < 2.5 * max(took)
+
+
+def measured(case: Case, setting: Setting) -> dict[str, Any]:
+    """Emits a row about a case at each timed step, each with all so far: seconds of the steps, peak memory, FLOPs per
+    token, the first and the last loss. Returns the last.
 
     Raises:
-        RuntimeError: not one step was timed before `until` said that the time is over, or a loss is no number.
+        RuntimeError: not one step was timed before the time was over, or a loss is no number.
     """
-    began = time.perf_counter()
-    ready = Built(case, device, folder, small, WARM_UP + steps)
+    device = torch.device(setting.device)
+    began = time.monotonic()
+    ready = Built(case, device, setting.folder / "model", setting.small, MOST)
     devices.wait(device)
-    built_seconds = time.perf_counter() - began
     devices.forget_peak(device)
-    rows = ready.run(WARM_UP + steps, case.seq_len, until)
-    times = [row["at"] for row in rows]
-    seconds = [after - before for before, after in zip(times[WARM_UP - 1 :], times[WARM_UP:], strict=False)]
-    if not seconds:
-        raise RuntimeError(f"the time was over after {len(rows)} steps, {WARM_UP} of which would be warm-up")
-    losses = [row["loss"] for row in rows]
-    if not all(map(math.isfinite, losses)):
-        raise RuntimeError(f"a loss is no number: {losses}")
-    settings = ready.recipe.train
-    return {
+    about = {
+        "case": case.name,
+        "settings": case.said,
         "tokens": case.rows * case.seq_len,
-        "step_seconds": seconds,
-        "built_seconds": built_seconds,
+        "built_seconds": time.monotonic() - began,
         "flops": ready.flops,
         "score_flops": ready.score_flops,
-        "loss": [losses[0], losses[-1]],
-        "clip": settings.clip_norm,
+        "clip": ready.recipe.train.clip_norm,
         "attention": next(line for line in ready.built.lines if line.startswith("attention")),
-        **devices.peak(device),
     }
+    row: dict[str, Any] = {}
+
+    def each(rows: Rows) -> None:
+        nonlocal row
+        losses = [rows[0]["loss"], rows[-1]["loss"]]
+        if not math.isfinite(losses[-1]):
+            raise RuntimeError(f"a loss is no number: {losses}")
+        if timed := durations(rows)[WARM_UP - 1 :]:
+            row = {**about, "step_seconds": timed, "loss": losses, **devices.peak(device)}
+            setting.emit(row)
+
+    rows = ready.run(
+        MOST,
+        case.seq_len,
+        lambda rows: is_last(rows, setting.steps, setting.seconds, setting.until),
+        each,
+    )
+    if not row:
+        raise RuntimeError(f"the time was over after {len(rows)} steps, {WARM_UP} of which would be warm-up")
+    return row

@@ -12,7 +12,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.gpu.cases import ABLATION, FULL_4B, FULL_12B, FULL_27B, FULL_27B_8BIT, LORA_CASES, TRAINED, Case
+from benchmarks.gpu.cases import ABLATION, BASE, FULL_4B, FULL_12B, FULL_27B, FULL_27B_8BIT, TRAINED, Case
+from benchmarks.gpu.longest import found as found_longest
 from benchmarks.gpu.matmul import harmonic
 from benchmarks.pairs import spread
 from benchmarks.result import Figure, Result, Table
@@ -40,9 +41,6 @@ def fill(result: Result, rows: Sequence[Row]) -> None:
     _loss(result, rows)
     _plan(result, rows)
     _ablation(result, rows, top)
-    said = [line for row in of(rows, "serving") for line in row.get("said", ())]
-    if said:
-        result.tables.append(Table("Serving, as benchmarks.serve said", ("",), [(line,) for line in said]))
     missing = [(row["part"], row.get("case") or row.get("name") or "", row["why"]) for row in rows if _failed(row)]
     result.tables.append(Table("Not measured", ("part", "what", "why"), missing or [("", "", "nothing is missing")]))
     result.raw = list(rows)
@@ -90,12 +88,9 @@ def _products(result: Result, rows: Sequence[Row], top: float | None) -> None:
 
 
 def _training(result: Result, rows: Sequence[Row], top: float | None) -> None:
-    found = {
-        row["case"]: row
-        for row in of(rows, "lora27", "lora27-ways", "full27", "full27-8bit", "full12", "full4")
-        if "flops" in row
-    }
-    lora = [found[case.name] for case in LORA_CASES if case.keys and case.name in found]
+    names = {case.name for case in TRAINED}
+    found = {row["case"]: row for row in rows if "flops" in row and row["case"] in names}
+    lora = [found[case.name] for case in TRAINED if case.lora and case.keys and case.name in found]
     if lora and top:
         best = max(lora, key=lambda row: statistics.median(shares(row, top)))
         name = "LoRA 27B at 4,096 tokens, share of the ceiling, the best that a recipe can say"
@@ -110,52 +105,60 @@ def _training(result: Result, rows: Sequence[Row], top: float | None) -> None:
         if "allocated" in row:
             name = f"{case}, most memory in tensors"
             result.figures.append(Figure(name, [row["allocated"] / GB], "GB", at_most=most, form="{:.1f}"))
-    lines = [_line(case, found[case.name], top) for case in TRAINED if case.name in found]
+    lines = [_cells(case, found[case.name], top) for case in TRAINED if case.name in found]
     if lines:
-        result.tables.append(Table("Training, through the product's loop", COLUMNS, lines))
+        columns = tuple(lines[0])
+        rows_of = [tuple(line.values()) for line in lines]
+        result.tables.append(Table("Training, through the product's loop", columns, rows_of))
 
 
-COLUMNS = (
-    "case", "settings", "rows × tokens", "clip", "attention", "s a step", "tokens/s", "GFLOP/token", "of the ceiling",
-    "GFLOP/token with scores", "of the ceiling with scores", "GiB in tensors", "GiB held",
-)  # fmt: skip
-
-
-def _line(case: Case, row: Row, top: float | None) -> tuple[str, ...]:
+def _cells(case: Case, row: Row, top: float | None) -> dict[str, str]:
+    """Column → what it says of a case."""
     middle = statistics.median(row["step_seconds"])
 
     def share(flops: float) -> str:
         return f"{row['tokens'] * flops / middle / top:.3f}" if top else "no ceiling"
 
+    def memory(key: str) -> str:
+        return f"{row[key] / GIB:.1f}" if key in row else ""
+
     both = row["flops"] + row["score_flops"]
-    return (
-        case.name, case.said, f"{case.rows} × {row['tokens'] // case.rows}", str(row["clip"] or "none"),
-        row["attention"].removeprefix("attention: ").split(",")[0].split(":")[0],
-        f"{spread(row['step_seconds'])} × {len(row['step_seconds'])}", f"{row['tokens'] / middle:,.0f}",
-        f"{row['flops'] / 1e9:.1f}", share(row["flops"]), f"{both / 1e9:.1f}", share(both),
-        *(f"{row[key] / GIB:.1f}" if key in row else "" for key in ("allocated", "reserved")),
-    )  # fmt: skip
+    return {
+        "case": case.name,
+        "settings": row["settings"],
+        "rows × tokens": f"{case.rows} × {row['tokens'] // case.rows}",
+        "clip": str(row["clip"] or "none"),
+        "attention": row["attention"].removeprefix("attention: ").split(",")[0].split(":")[0],
+        "s a step": f"{spread(row['step_seconds'])} × {len(row['step_seconds'])}",
+        "tokens/s": f"{row['tokens'] / middle:,.0f}",
+        "GFLOP/token": f"{row['flops'] / 1e9:.1f}",
+        "of the ceiling": share(row["flops"]),
+        "GFLOP/token with scores": f"{both / 1e9:.1f}",
+        "of the ceiling with scores": share(both),
+        "GiB in tensors": memory("allocated"),
+        "GiB held": memory("reserved"),
+    }
 
 
 def _longest(result: Result, rows: Sequence[Row]) -> None:
-    tries = of(rows, "longest-lora", "longest-full")
-    ends = [row for row in tries if "longest" in row]
-    for row in ends:
-        result.figures.append(Figure(row["case"], [row["longest"]], "tokens", form="{:,.0f}"))
-    lines = [
-        (row["case"], f"{row['tokens']:,}", "fits" if row["fits"] else row["why"], f"{row['seconds']:.1f}",
-         f"{row['allocated'] / GIB:.1f}" if "allocated" in row else "")
-        for row in tries if "tokens" in row
-    ] + [
-        (row["case"], f"{row['longest']:,}", _limit(row), "", "") for row in ends
-    ]  # fmt: skip
+    tries = [row for row in rows if "fits" in row and "guess" in row]
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in tries):
+        mine = [row for row in tries if row["case"] == case]
+        low, high, close = found_longest(mine)
+        least = "" if close else ", at least: the time ended the search"
+        if low:
+            result.figures.append(Figure(case + least, [low], "tokens", form="{:,.0f}" if close else "≥ {:,.0f}"))
+        lines += [
+            (case, f"{row['tokens']:,}", "fits" if row["fits"] else row["why"], f"{row['seconds']:.1f}",
+             f"{row['allocated'] / GIB:.1f}" if "allocated" in row else "")
+            for row in mine
+        ]  # fmt: skip
+        above = f"{high:,} does not fit" if high else f"{mine[0]['most']:,} would be the most"
+        said = f"the longest{least}; {above}; ray-ft plan: {mine[0]['guess']:,}"
+        lines.append((case, f"{'' if close else '≥ '}{low:,}", said, "", ""))
     if lines:
         result.tables.append(Table("Longest rows", ("case", "tokens", "", "s", "GiB in tensors"), lines))
-
-
-def _limit(row: Row) -> str:
-    above = f"{row['failed']:,} does not fit" if row["failed"] else "no longer one was found not to fit"
-    return f"the longest; {above}; ray-ft plan: {row['guess']:,}"
 
 
 def _loss(result: Result, rows: Sequence[Row]) -> None:
@@ -164,10 +167,10 @@ def _loss(result: Result, rows: Sequence[Row]) -> None:
         return
     first = found[0]
     for other in found[1:]:
-        name = f"memory of the loss, {other['name']} ÷ {first['name']}"
+        name = f"memory of head and loss, {other['name']} ÷ {first['name']}"
         result.figures.append(Figure(name, [other["bytes"] / first["bytes"]], form="{:.2f}"))
     lines = [(r["name"], f"{r['bytes'] / GIB:.3f}", f"{r['seconds'] * 1e3:.1f}", f"{r['loss']:.4g}") for r in found]
-    columns = ("", "GiB above what stood before", "ms forwards and backwards", "loss, summed")
+    columns = ("", "GiB of head and loss", "ms with one layer, forwards and backwards", "loss, summed")
     result.tables.append(Table("The loss", columns, lines))
 
 
@@ -206,29 +209,22 @@ def _plan(result: Result, rows: Sequence[Row]) -> None:
 
 def _ablation(result: Result, rows: Sequence[Row], top: float | None) -> None:
     found = {row["case"]: row for row in of(rows, "ablation") if "flops" in row}
-    base = found.get(ABLATION[0].name)
     lines = []
     for case in ABLATION:
         if (row := found.get(case.name)) is None:
             continue
-        ratio = ""
+        base, ratio = found.get(case.against), ""
         if base is not None:
             ratio = f"{statistics.median(rates(row)) / statistics.median(rates(base)):.3f}"
-        line = _line(case, row, top)
-        lines.append((case.name, "" if case.keys else "no key of a recipe", ratio, *line[5:7], line[8], *line[11:]))
+        cells = _cells(case, row, top)
+        lines.append((
+            case.name, cells["settings"], "" if case.keys else "no key of a recipe", ratio, case.against,
+            *(cells[name] for name in BROUGHT),
+        ))  # fmt: skip
     if lines:
-        first = ABLATION[0]
-        title = (
-            f"What each thing brings: LoRA of 4B, {first.rows} × {first.seq_len} tokens a step, {first.micro} at once"
-        )
-        columns = (
-            "",
-            "",
-            "tokens/s ÷ the first",
-            "s a step",
-            "tokens/s",
-            "of the ceiling",
-            "GiB in tensors",
-            "GiB held",
-        )
+        title = f"What each thing brings: LoRA of 4B, {BASE.rows} × {BASE.seq_len} tokens a step, {BASE.micro} at once"
+        columns = ("case", "settings", "", "tokens/s ÷", "that of", *BROUGHT)
         result.tables.append(Table(title, columns, lines))
+
+
+BROUGHT = ("s a step", "tokens/s", "of the ceiling", "GiB in tensors", "GiB held")

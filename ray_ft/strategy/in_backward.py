@@ -10,6 +10,7 @@ comes, so it has to come in the same order on all of them: a graph that depends 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 
 import torch
@@ -45,10 +46,18 @@ class InBackward:
         self._pieces, self._reduce_squares, self._reduce = pieces, reduce_squares, reduce
         self._squares: torch.Tensor | None = None
         self._optimizers: dict[nn.Parameter, torch.optim.Optimizer] = {}
+        update = weakref.WeakMethod(self._update)
+
+        def call(parameter: nn.Parameter) -> None:
+            bound = update()
+            assert bound is not None, "a gradient has come after the strategy was let go of"
+            bound(parameter)
+
         for name, parameter in parameters:
             self._optimizers[parameter] = make_optimizer([(name, parameter)], pieces)
-            # FSDP2 calls these hooks itself, with its shards.
-            parameter.register_post_accumulate_grad_hook(self._update)
+            # FSDP2 calls these hooks itself, with its shards. Autograd holds them where the garbage collector does not
+            # look: one that held this object, and so all parameters, would keep the model in memory for good.
+            parameter.register_post_accumulate_grad_hook(call)
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:

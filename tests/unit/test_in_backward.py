@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -181,3 +183,28 @@ def test_a_gradient_that_is_not_finite_leaves_its_weight_alone(name: str) -> Non
     unmoved, norm = poisoned_step(Training(name, True))
     assert unmoved == {POISONED}
     assert norm != norm
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_a_strategy_that_is_let_go_of_frees_its_parameters(within: bool) -> None:
+    """A process that trains one model after another has no memory for what the hooks would keep of the first."""
+    with torch.device("meta"):
+        net = Net()
+    strategy = Replicated(Layout(0, 1, torch.device("cpu"), torch.float32), within)
+
+    def fill(spans: Mapping[str, Span]) -> None:
+        for span in spans.values():
+            span.data.fill_(0.01)
+
+    def make(parameters: Iterable[tuple[str, nn.Parameter]], pieces: Any) -> torch.optim.Optimizer:
+        return optim.build(SETTINGS["adafactor"], list(parameters), pieces)
+
+    strategy.setup(net, net.blocks, fill, make)
+    strategy.begin(LR)
+    strategy.backward(strategy.module(torch.arange(30).view(2, 15)) / 28, last=True)
+    strategy.step(None)
+    refs = [weakref.ref(parameter) for parameter in net.parameters()]
+    assert len(refs) == 2 + LAYERS * 5 - 1
+    del net, strategy
+    gc.collect()
+    assert all(ref() is None for ref in refs)
