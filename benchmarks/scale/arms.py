@@ -19,6 +19,7 @@ import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -97,6 +98,9 @@ class Rows:
     def asked(self) -> Ask:
         return Ask.NOTHING
 
+    def can_cancel(self, cancel: Callable[[], None]) -> None:
+        """Nobody cancels."""
+
     def found(self) -> dict[str, Any]:
         return {"first": self.first, "rows": self.rows}
 
@@ -126,10 +130,8 @@ def without_rows(dealer: type[Any]) -> type[Any]:
             found, _ = self._start()
             self._parts = [Part(found, None)] * worker_group_context.num_workers  # type: ignore[arg-type]
 
-        def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        def stop(self) -> None:
             self._parts = []
-
-        after_worker_group_abort = after_worker_group_shutdown
 
     return NoRows
 
