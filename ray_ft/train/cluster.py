@@ -164,7 +164,7 @@ def compute_dtype(recipe: Recipe, cuda: bool) -> torch.dtype:
 
 def _as_ours(error: BaseException, run: paths.RunDir) -> BaseException:
     """The deliberate error inside whatever Ray wrapped around it, if there is one."""
-    from ray_ft.train.controller import WorkerGroupStartupTimeoutError, causes
+    from ray_ft.train.survival import WorkerGroupStartupTimeoutError, causes
 
     for fault in causes(error):
         if isinstance(fault, RayFtError):

@@ -1,14 +1,16 @@
-"""What Ray Train's controller decides for us: which failures are survived, how many workers start, when to grow.
+"""Ray Train's controller as we run it: in the process that asks for the training, with our policies and our rows.
+
+Without that process there is no run anyway. So neither the controller nor what Ray would start at its side has a
+process of its own: each takes seconds to come up, and can be lost.
 
 Ray's own policies count failures over the whole run, try again what will fail again, take any number of workers, and
-resize by killing workers between checkpoints. These ones start counting anew with each new checkpoint, give up at once
-on errors that say what is wrong, take numbers that share the batch evenly, and let the workers save before they grow.
+resize by killing workers between checkpoints. Ours start counting anew with each new checkpoint and give up at once on
+errors that say what is wrong (`survival`), take numbers that share the batch evenly, and let the workers save before
+they grow (`sizes`).
 
-The controller runs in the process that asks for the training, without which there is no run anyway, and so does all
-that Ray would start a process for at its side: each takes seconds to come up, and can be lost.
-
-The only module that uses interfaces of Ray Train that are not public (of 2.60). tests/integration/test_path.py and
-tests/multihost/test_faults.py use them all, so an upgrade that moves one is noticed.
+This module, `survival`, `sizes` and `groups` use interfaces of Ray Train that are not public (of 2.60), and no other
+does. tests/integration/test_path.py and tests/multihost/test_faults.py use them all, so an upgrade that moves one is
+noticed.
 """
 
 from __future__ import annotations
@@ -19,14 +21,11 @@ import logging
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
-from ray.exceptions import RayError, RayTaskError
 from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -40,43 +39,23 @@ from ray.train.v2._internal.constants import (
     WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
     WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
 )
-from ray.train.v2._internal.exceptions import (
-    WorkerGroupStartupTimeoutError,
-    WorkerHealthCheckFailedError,
-    WorkerHealthCheckTimeoutError,
-)
 from ray.train.v2._internal.execution.callback import WorkerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.preemption import PreemptionWatcher
-from ray.train.v2._internal.execution.scaling_policy import (
-    ElasticScalingPolicy,
-    NoopDecision,
-    ResizeDecision,
-    ScalingDecision,
-)
-from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
-    TrainAutoscalingCoordinatorClient,
-)
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
-from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor
 from ray.train.v2._internal.logging import LoggingManager
-from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
-from ray_ft.errors import RayFtError, ResourceError, StorageError
 from ray_ft.hosts import choose_interface
 from ray_ft.recipe import Failures
 from ray_ft.retry import patiently
-from ray_ft.session import SPARE_CPUS
-from ray_ft.train import checkpoint
-from ray_ft.train.asks import Ask, Restart
+from ray_ft.train import checkpoint, groups
+from ray_ft.train.sizes import LOOK_SECONDS, EvenSizes
+from ray_ft.train.survival import Survival
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset, ExecutionOptions
 
-#: Seconds between the controller's looks at its workers, which is how soon a death is noticed.
-LOOK_SECONDS = 1.0
 #: Seconds that one attempt at placing the workers takes at most; then the room is counted anew.
 PLACE_SECONDS = 30.0
 #: Seconds for which workers that are about to be killed may take leave of each other; one that hangs never does.
@@ -118,10 +97,10 @@ class Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         if len(self._sizes) > 1:
-            parts["scaling_policy"] = _EvenSizes(
+            parts["scaling_policy"] = EvenSizes(
                 self.scaling_config, self._sizes, self._board, self._failures, self._checkpoints
             )
-        parts["failure_policy"] = _Survival(self._failures, self._checkpoints, self._board)
+        parts["failure_policy"] = Survival(self._failures, self._checkpoints, self._board)
         # Ray reads these from the environment alone.
         os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(self._failures.hang_seconds)
         os.environ[WORKER_GROUP_START_TIMEOUT_S_ENV_VAR] = str(PLACE_SECONDS)
@@ -137,6 +116,7 @@ class Trainer(TorchTrainer):
         finally:  # a group of workers that never came up is not taken down
             for callback in (self._dealer, self._drains):
                 callback.stop()
+            groups.forget()
         return controller.get_result()
 
     async def _run(self, controller: TrainController) -> None:
@@ -174,7 +154,7 @@ class _Workers(WorkerGroup):
 
     def _create_placement_group(self, *given: Any) -> Any:
         group = super()._create_placement_group(*given)
-        _placed.append(group)
+        groups.remember(group)
         return group
 
     def _init_train_context_on_workers(
@@ -218,33 +198,6 @@ class _Drains(PreemptionCallback):
             self._watcher = None
 
     stop = _stop_watcher
-
-
-# -------------------------------------------------------------------------------------------------- placement groups
-
-
-_placed: list[Any] = []  # what this process has asked for
-
-
-def remove_own_groups() -> None:
-    """Give back what the controller in this process holds for its workers."""
-    while _placed:
-        _placed.pop().shutdown()
-
-
-def remove_orphaned_groups() -> None:
-    """Give back what trials that died held for their workers: it goes with the job alone, not with the actor."""
-    from ray._raylet import PlacementGroupID
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
-    from ray.util.placement_group import PlacementGroup
-
-    job = ray.get_runtime_context().get_job_id()
-    for raw in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
-        facts = PlacementGroupTableData.FromString(raw)
-        # Of a group that no actor made, such as Ray Tune's for its trials, Ray says that its creator is dead.
-        dead = facts.creator_actor_dead and facts.creator_actor_id not in (b"", ray.ActorID.nil().binary())
-        if dead and facts.creator_job_id.hex() == job and facts.state != PlacementGroupTableData.REMOVED:
-            ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(facts.placement_group_id)))
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
@@ -310,227 +263,6 @@ class Dealer(WorkerGroupCallback):
             coordinator: Any = self._parts[0].rows
             ray.kill(coordinator._coord_actor)
         self._parts, self._dealt = [], False
-
-
-# ---------------------------------------------------------------------------------------------------------- failures
-
-
-class Budget:
-    """Failures in a row: the count starts anew when a checkpoint newer than at the last failure is there."""
-
-    def __init__(self, limit: int | None, checkpoints: str) -> None:
-        self.limit, self.count = limit, 0
-        self._checkpoints, self._newest = checkpoints, 0
-        self._newest = self._look()
-
-    def spend(self) -> bool:
-        """Count one more; False where it is one too many."""
-        newest = self._look()
-        if newest != self._newest:  # also an older one, since a damaged one was set aside and the steps taken again
-            self.count, self._newest = 0, newest
-        self.count += 1
-        return self.limit is None or self.count <= self.limit
-
-    def __str__(self) -> str:
-        return f"{self.count} of {'any number' if self.limit is None else self.limit}"
-
-    def _look(self) -> int:
-        try:
-            return checkpoint.newest_step(self._checkpoints)
-        except StorageError:  # nothing new is known of; whoever needs the checkpoint says what is wrong
-            return self._newest
-
-
-class _Survival(FailurePolicy):
-    """Whether the workers are started again after they failed, said in a line."""
-
-    def __init__(self, settings: Failures, checkpoints: str, board: Any) -> None:
-        from ray.train import FailureConfig
-
-        super().__init__(FailureConfig())
-        self._settings, self._board = settings, board
-        self._failures = Budget(settings.max_failures, checkpoints)
-        self._preemptions = Budget(settings.max_preemptions, checkpoints)
-        self._waiting_since: float | None = None
-
-    def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        error = training_failed_error
-        found = list(causes(error))
-        if any(isinstance(fault, RayFtError) for fault in found):
-            return FailureDecision.RAISE  # it says what is wrong, and would be wrong again
-        if isinstance(error, ControllerError):
-            return self._wait_for_room(error)
-        self._waiting_since = None
-        if restart := next((fault for fault in found if isinstance(fault, Restart)), None):
-            if not restart.preempted:
-                self._say(f"starting the workers again: {restart}")
-                return FailureDecision.RETRY
-            return self._again(self._preemptions, "preemption", str(restart))
-        if isinstance(error, PreemptionError) or any(_is_preempted_actor(fault) for fault in found):
-            return self._again(self._preemptions, "preemption", describe(error))
-        if self._wrong_from_the_start(error):
-            return FailureDecision.RAISE
-        return self._again(self._failures, "failure", describe(error))
-
-    def _again(self, budget: Budget, kind: str, why: str) -> FailureDecision:
-        within = budget.spend()
-        verdict = "starting again at the newest checkpoint" if within else "giving up"
-        self._say(f"{why}; {kind} {budget} without a new checkpoint between: {verdict}")
-        return FailureDecision.RETRY if within else FailureDecision.RAISE
-
-    def _wait_for_room(self, error: ControllerError) -> FailureDecision:
-        if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
-            # Ray forgets the placement group of workers that die while they start.
-            remove_own_groups()
-            return self._again(self._failures, "failure", f"the workers did not start: {_last_line(error)}")
-        if ray.get(self._board.asked.remote()) >= Ask.STOP:
-            return FailureDecision.RAISE
-        now = time.monotonic()
-        if self._waiting_since is None:
-            self._waiting_since = now
-            self._say(f"waiting for room for the workers, at most {self._settings.wait_seconds:g} s")
-        return (
-            FailureDecision.RETRY if now - self._waiting_since < self._settings.wait_seconds else FailureDecision.RAISE
-        )
-
-    def _wrong_from_the_start(self, error: Any) -> bool:
-        """Whether the code itself failed before any step: it would again, after minutes of loading."""
-        if not isinstance(error, WorkerGroupError) or ray.get(self._board.rows.remote()):
-            return False
-        return all(_of_own_code(fault) for fault in error.worker_failures.values())
-
-    def _say(self, line: str) -> None:
-        self._board.push.remote("lost", line)
-
-
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and everything that Ray wrapped it around."""
-    seen: list[BaseException] = [error]
-    for fault in seen:
-        yield fault
-        inner = [
-            getattr(fault, "cause", None),
-            getattr(fault, "controller_failure", None),
-            getattr(fault, "health_check_failure", None),
-            fault.__cause__,
-            *getattr(fault, "worker_failures", {}).values(),
-            getattr(fault, "_base_exc", None),
-        ]
-        seen += [e for e in inner if isinstance(e, BaseException) and all(e is not s for s in seen)]
-
-
-def _of_own_code(fault: BaseException) -> bool:
-    """Whether the workers' own code raised it: no worker was lost, and no connection between them."""
-    lost = (torch.distributed.DistError, WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
-    for cause in causes(fault):
-        # A task's own exception travels as a RayTaskError; of gloo's errors there is no type.
-        if isinstance(cause, lost) or (isinstance(cause, RayError) and not isinstance(cause, RayTaskError)):
-            return False
-        if any(word in str(cause) for word in ("gloo", "onnection")):
-            return False
-    return True
-
-
-def describe(error: Any) -> str:
-    """A line on which workers failed and how; where some are gone, what the others say of it is left out."""
-    if not isinstance(error, WorkerGroupError):
-        return _last_line(error)
-    gone, failed = [], []
-    for rank, fault in sorted(error.worker_failures.items()):
-        if isinstance(fault, WorkerHealthCheckFailedError):
-            gone.append(f"worker {rank} died")
-        elif isinstance(fault, WorkerHealthCheckTimeoutError):
-            gone.append(f"worker {rank} does not answer")
-        else:
-            failed.append(f"worker {rank} failed: {_last_line(fault)}")
-    return ", ".join(gone or failed)
-
-
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
-
-
-# ------------------------------------------------------------------------------------------------------------- sizes
-
-
-class _EvenSizes(ElasticScalingPolicy):
-    """As many workers as there is room for, of the sizes that share the batch evenly; grows at a checkpoint."""
-
-    def __init__(self, settings: Any, sizes: tuple[int, ...], board: Any, failures: Failures, run: str) -> None:
-        super().__init__(settings)
-        self._sizes, self._board, self._failures, self._run = sizes, board, failures, run
-        self._waiting_since: float | None = None
-        self._tried = False
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        # Reservations go by this name. One that a killed command or controller left would stand for three minutes
-        # beside ours, for the same nodes; under the run's own name ours takes its place.
-        self._requester_id = f"train-{self._run}"
-        self._coordinator_client = TrainAutoscalingCoordinatorClient(self._requester_id)
-        self._send_resource_request()
-
-    def _count_possible_workers(self, reserved_resources: Any) -> int:
-        # Ray's reservations can still have a node that was lost a moment ago, and have those that drain: workers would
-        # wait for them in vain.
-        gone = draining_nodes()
-        nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-        there = {node: has for node, has in reserved_resources.items() if node in nodes and node not in gone}
-        room = super()._count_possible_workers(there)
-        if self._tried:  # there was none for what was tried: others hold what Ray counts as reserved for us
-            room = min(room, self._free_workers())
-        # The tasks that read rows need a CPU beside those that workers hold, or the workers wait for them for ever.
-        cpus = sum(has.get("CPU", 0) for has in nodes.values()) - SPARE_CPUS
-        each = self.scaling_config._resources_per_worker_not_none.get("CPU", 0)
-        return max((size for size in self._sizes if size <= room and size * each <= cpus), default=0)
-
-    def _free_workers(self) -> int:
-        """Workers for which there is room beside all that runs now."""
-        each = {name: much for name, much in self.scaling_config._resources_per_worker_not_none.items() if much}
-        gone = draining_nodes()
-        return sum(
-            int(min(free.get(name, 0) // much for name, much in each.items()))
-            for node, free in free_resources().items()
-            if node not in gone
-        )
-
-    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        decision = super().make_decision_for_non_running_worker_group()
-        if not isinstance(decision, NoopDecision):
-            self._waiting_since, self._tried = None, True
-            return decision
-        now, limit = time.monotonic(), self._failures.wait_seconds
-        if self._waiting_since is None:
-            self._waiting_since = now
-            self._board.push.remote("line", f"waiting for room for {self._sizes[0]} workers, at most {limit:g} s")
-        stopped = ray.get(self._board.asked.remote()) >= Ask.STOP
-        if stopped or now - self._waiting_since > limit:
-            why = "the run was stopped" if stopped else f"train.failures.wait_seconds = {limit:g} have passed"
-            raise ResourceError(
-                f"there is no room for train.workers = {self._sizes[0]}, the fewest, and {why}",
-                ["add nodes to the cluster", "a smaller train.workers", "the same command continues the run"],
-            )
-        time.sleep(LOOK_SECONDS)  # else the controller's loop spins
-        return decision
-
-    def make_decision_for_running_worker_group(
-        self, worker_group_state: Any, worker_group_status: Any
-    ) -> ScalingDecision:
-        decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
-        self._tried = False
-        running = worker_group_state.num_workers
-        if isinstance(decision, ResizeDecision) and running < decision.num_workers <= running + self._free_workers():
-            self._board.ask.remote(Ask.GROW)  # they save, end by themselves, and are counted anew
-        return NoopDecision()
-
-
-def free_resources() -> dict[str, dict[str, float]]:
-    """What is free on each node."""
-    return ray._private.state.available_resources_per_node()
-
-
-def draining_nodes() -> set[str]:
-    """Nodes that were told to go."""
-    return set(ray._private.state.state.get_draining_nodes())
 
 
 # ------------------------------------------------------------------------------------------------------- each worker

@@ -121,6 +121,6 @@ def _alive(actor: str) -> bool:
 
 def _give_back() -> None:
     """What the controllers of a trial whose actor died held: they died with it."""
-    from ray_ft.train import controller
+    from ray_ft.train import groups
 
-    controller.remove_orphaned_groups()
+    groups.remove_orphaned_groups()

@@ -32,6 +32,8 @@ from ray_ft.errors import CheckpointError, ResourceError
 from ray_ft.recipe import Failures
 from ray_ft.train import board as board_module
 from ray_ft.train import checkpoint, controller
+from ray_ft.train import sizes as sizes_module
+from ray_ft.train import survival as survival_module
 from ray_ft.train.asks import Ask, Restart
 from ray_ft.train.board import Board, BoardLink
 
@@ -64,7 +66,7 @@ def board(monkeypatch: pytest.MonkeyPatch) -> Here:
 
 
 def survival(board: Here, folder: Path, **settings: Any) -> Any:
-    return controller._Survival(Failures(**settings), str(folder), board)
+    return survival_module.Survival(Failures(**settings), str(folder), board)
 
 
 def died(rank: int = 1) -> WorkerGroupError:
@@ -140,7 +142,7 @@ def test_workers_that_cannot_be_placed_are_waited_for_until_the_limit_or_a_wish_
 ) -> None:
     policy = survival(board, tmp_path, wait_seconds=100)
     now = [1000.0]
-    monkeypatch.setattr(controller.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(survival_module.time, "monotonic", lambda: now[0])
     late = ControllerError(WorkerGroupStartupTimeoutError(2))
     assert policy.make_decision(late) is RETRY
     now[0] += 99
@@ -156,8 +158,8 @@ def test_workers_that_cannot_be_placed_are_waited_for_until_the_limit_or_a_wish_
 def test_a_line_names_the_lost_workers_and_not_what_the_others_say_of_it() -> None:
     hung = WorkerHealthCheckTimeoutError("text")
     peer = UserExceptionWithTraceback(RuntimeError("Connection reset by peer"), "")
-    assert controller.describe(WorkerGroupError("", {0: peer, 1: hung})) == "worker 1 does not answer"
-    assert "worker 0 failed" in controller.describe(WorkerGroupError("", {0: peer}))
+    assert survival_module.describe(WorkerGroupError("", {0: peer, 1: hung})) == "worker 1 does not answer"
+    assert "worker 0 failed" in survival_module.describe(WorkerGroupError("", {0: peer}))
 
 
 # ------------------------------------------------------------------------------------------------------------- sizes
@@ -185,7 +187,7 @@ def test_workers_hear_that_their_node_was_told_to_go(monkeypatch: pytest.MonkeyP
     assert not watching.is_alive()
 
 
-class Sizes(controller._EvenSizes):
+class Sizes(sizes_module.EvenSizes):
     """With room that the test sets; Ray's reservations do not know of nodes that are lost or drain."""
 
     room: dict[str, dict[str, float]]
@@ -202,9 +204,9 @@ class Sizes(controller._EvenSizes):
 def sizes(board: Here, monkeypatch: pytest.MonkeyPatch) -> Sizes:
     from ray.train import ScalingConfig
 
-    monkeypatch.setattr(controller, "LOOK_SECONDS", 0)
-    monkeypatch.setattr(controller, "draining_nodes", lambda: {"draining"})
-    monkeypatch.setattr(controller, "free_resources", lambda: found.free)
+    monkeypatch.setattr(sizes_module, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(sizes_module, "draining_nodes", lambda: {"draining"})
+    monkeypatch.setattr(sizes_module, "free_resources", lambda: found.free)
     nodes = [
         {"NodeID": name, "Alive": name != "lost", "Resources": {"CPU": 8}} for name in ("a", "b", "lost", "draining")
     ]
@@ -257,7 +259,7 @@ def test_too_little_room_is_waited_for_and_is_an_error_in_the_end(
     sizes: Sizes, board: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr(controller.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sizes_module.time, "monotonic", lambda: now[0])
     for _ in range(3):
         assert isinstance(sizes.make_decision_for_non_running_worker_group(), NoopDecision)
     assert board.lines == ["waiting for room for 2 workers, at most 50 s"]
