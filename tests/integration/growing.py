@@ -103,7 +103,7 @@ class Growing:
     def raylet(self, node: str) -> psutil.Process:
         """The process that is the node of this id."""
         for process in self._processes():
-            if f"--node_id={node}" in command_line(process) and process.name() == "raylet":
+            if f"--node_id={node}" in command_line(process).split() and process.name() == "raylet":
                 return process
         raise ProcessLookupError(f"no raylet of node {node}")
 

@@ -122,7 +122,11 @@ class Head:
 
     def restart_dashboard(self, away: float = 0) -> None:
         """End the dashboard, which has the jobs API, and start it again as it was after `away` seconds."""
-        [old] = [one for one in self.processes() if "dashboard/dashboard.py" in command_line(one)]
+        [old] = [
+            one
+            for one in self.processes()
+            if any(part.endswith("dashboard/dashboard.py") for part in command_line(one).split())
+        ]
         command, environment, below = old.cmdline(), old.environ(), old.children(recursive=True)
         for one in [old, *below]:
             with contextlib.suppress(psutil.NoSuchProcess):

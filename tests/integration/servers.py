@@ -112,12 +112,12 @@ def serving(folder: Path, *arguments: str | Path) -> Iterator[Served]:
         end(process, processes or descendants(process))
 
 
-def update(served: Served, run: Path) -> subprocess.CompletedProcess[str]:
-    """`ray-ft serve RUN --update` to its end."""
+def update(served: Served, run: Path, seconds: float = READY) -> subprocess.CompletedProcess[str]:
+    """`ray-ft serve RUN --update` to its end, which comes within so many seconds."""
     log = served.log.with_name("update.txt")
     process = start(log, run, "--update", "--port", served.port)
     try:
-        process.wait(READY)
+        process.wait(seconds)
     finally:
         end(process, descendants(process))
     return subprocess.CompletedProcess([], process.returncode, log.read_text())

@@ -230,7 +230,7 @@ def test_engines_answer_only_the_gateway(served: Served) -> None:
     ports = {
         connection.laddr.port
         for process in served.processes
-        if any(word in command_line(process) for word in ("ServeReplica", "VLLM"))
+        if process.is_running() and any(word in command_line(process) for word in ("ServeReplica", "VLLM"))
         for connection in process.net_connections(kind="tcp")
         if connection.status == psutil.CONN_LISTEN
     } - {int(served.port)}

@@ -178,7 +178,7 @@ def test_what_it_cannot_label_is_400(served: Served) -> None:
 
 
 def test_the_same_again_changes_nothing(served: Served, said: Any) -> None:
-    found = update(served, said.folder)
+    found = update(served, said.folder, 120)
     assert found.returncode == 0, found.stdout
     assert "mood answers as before: mood, step 4" in found.stdout
 
@@ -190,7 +190,7 @@ def test_labels_that_are_not_the_exports_are_refused(served: Served, said: Any, 
     manifest["proof"]["probabilities"] = dict.fromkeys(LABELS, 1 / 3)
     manifest["serve"]["max_num_seqs"] = 5  # another version
     (run / "export/manifest.json").write_text(json.dumps(manifest))
-    found = update(served, run)
+    found = update(served, run, 120)
     assert found.returncode == 1
     assert "refused, and what answered before goes on: 'mood' from" in found.stdout
     assert "does not answer as it was exported" in found.stdout
