@@ -445,18 +445,24 @@ prepare.prepare(settings, "train", settings.model.path, stream.in_process, peak)
     assert peaks[max(peaks)] <= peaks[2] + 24, f"MiB: {peaks}"
 
 
-def test_ctrl_c_leaves_a_run_that_continues_and_no_process(make: Make, tmp_path: Path) -> None:
-    changes = {"train.max_steps": 2000, "train.checkpoint.every": 2000, "train.eval_every": None, "data.eval": []}
-    recipe = make(**on_ray(name="interrupted", **changes, **{"run.storage": str(tmp_path)}))
-    file = tmp_path / "recipe.yaml"
+def begun(recipe: Recipe, folder: Path, until: Callable[[psutil.Popen], bool]) -> psutil.Popen:
+    """`ray-ft train` of a recipe as a command, once it is so far."""
+    file = folder / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     command = [sys.executable, "-m", "ray_ft", "train", str(file)]
     process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 240
-    while not read_metrics(recipe.run.dir):
+    while not until(process):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
-        time.sleep(0.2)
+        time.sleep(0.05)
+    return process
+
+
+def test_ctrl_c_leaves_a_run_that_continues_and_no_process(make: Make, tmp_path: Path) -> None:
+    changes = {"train.max_steps": 2000, "train.checkpoint.every": 2000, "train.eval_every": None, "data.eval": []}
+    recipe = make(**on_ray(name="interrupted", **changes, **{"run.storage": str(tmp_path)}))
+    process = begun(recipe, tmp_path, lambda _: bool(read_metrics(recipe.run.dir)))
     family = process.children(recursive=True)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
@@ -473,21 +479,13 @@ def test_ctrl_c_leaves_a_run_that_continues_and_no_process(make: Make, tmp_path:
 def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(make: Make, tmp_path: Path, when: str) -> None:
     slow = {"train.global_batch": 512, "train.micro_batch": 8, "train.max_steps": 3, "train.epochs": 10}
     recipe = make(**on_ray(name="impatient", **slow, **{"run.storage": str(tmp_path)}))
-    file = tmp_path / "recipe.yaml"
-    file.write_text(recipe.to_yaml())
-    command = [sys.executable, "-m", "ray_ft", "train", str(file)]
-    process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 240
 
-    def is_time() -> bool:
+    def is_time(process: psutil.Popen) -> bool:
         if when == "a step is under way":
             return bool(read_metrics(recipe.run.dir))
         return any("ray::SynchronizationActor" in command_line(one) for one in process.children(recursive=True))
 
-    while not is_time():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    process = begun(recipe, tmp_path, is_time)
     family = process.children(recursive=True)
     process.send_signal(signal.SIGINT)
     time.sleep(1.5)
