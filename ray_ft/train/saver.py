@@ -30,6 +30,7 @@ from ray_ft.errors import RayFtError, first_line
 from ray_ft.retry import patiently
 from ray_ft.span import Span
 from ray_ft.train import checkpoint, shards
+from ray_ft.train.host_copy import HostCopy
 from ray_ft.train.shards import Stopped, Written
 
 #: Seconds for which training waits, after a failed save, for a thread in a call to storage that does not return.
@@ -78,7 +79,7 @@ class Saver:
         self.failed_in_a_row = 0
         self.last_error: str | None = None
         self.blocked_seconds = 0.0
-        self._host = _HostCopy()
+        self._host = HostCopy()
         self._save: _Save | None = None
         self._stuck: _Save | None = None
         self._attempt = ""
@@ -253,6 +254,8 @@ class _Save:
         self._told = threading.Condition()
         self._verdict: _Verdict | None = None
         self._abandoned = threading.Event()
+        self._ended = threading.Event()
+        self._deleted = False
 
     def tell(self, verdict: _Verdict) -> None:
         """Called by the training thread; a commit that was told is not taken back."""
@@ -260,6 +263,8 @@ class _Save:
             self._verdict = self._verdict or verdict
             if verdict is _Verdict.ABANDON:
                 self._abandoned.set()
+            if verdict is not _Verdict.COMMIT:
+                self._ended.set()
             self._told.notify()
 
     def fail(self, reason: str) -> None:
@@ -311,14 +316,16 @@ class _Save:
         except Stopped:
             pass
         except Exception as error:  # of any kind: the other workers must hear of it, and training goes on
-            try:
-                self._clean()  # before anybody hears: then the space is there again
-            finally:
+            self._delete_files()  # before anybody hears: then the space is there again
+            if not self._abandoned.is_set():  # after that, an error is no reason
                 why = error.what if isinstance(error, RayFtError) else f"{type(error).__name__}: {first_line(error)}"
                 self.fail(why)
+            self._ended.wait()  # until then others write into the folder: without it they would fail too, and say that
+            self._delete_folder()
             return
         if self._abandoned.is_set() and not self.committed:
-            self._clean()
+            self._delete_files()
+            self._delete_folder()
 
     def _hear(self) -> _Verdict | None:
         with self._told:
@@ -391,72 +398,34 @@ class _Save:
 
     # --------------------------------------------------------------------------------------------------- abandoning
 
-    def _clean(self) -> None:
-        """Delete this worker's files, and the folder once it is empty."""
+    def _delete_files(self) -> None:
+        """Delete what this worker has written."""
         mine = [shards.file_name(self.rank), _part_name(self.rank), _ledger_name(self.rank)]
         if self.rank == 0:
             mine = [checkpoint.COMMITTED, *mine, shards.INDEX, checkpoint.STATE]
+        # What stays does not count; rank 0 tries again after the next checkpoint.
+        self.saver._leftovers = [*(self.saver._leftovers or []), self.location]
         try:
             for file in mine:
                 self._delete(file)
+        except OSError as error:
+            self.lines.append(f"{self.location} could not be deleted: {first_line(error)}")
+        else:
+            self._deleted = True
+
+    def _delete_folder(self) -> None:
+        """Delete the folder, where the last worker's files are gone from it."""
+        if not self._deleted:  # training waits for this: a store that fails is not asked again
+            return
+        try:
             if not paths.list_dir(self.location):
                 paths.delete_dir(self.location)
-        except OSError as error:  # what is left does not count; rank 0 tries again after the next checkpoint
+        except OSError as error:
             self.lines.append(f"{self.location} could not be deleted: {first_line(error)}")
-        self.saver._leftovers = [*(self.saver._leftovers or []), self.location]
 
     def _delete(self, file: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             paths.delete_file(paths.join(self.location, file))
-
-
-class _HostCopy:
-    """One buffer in host memory, kept from save to save: to allocate it anew costs as much as to fill it."""
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._pinned = False
-
-    def _pin(self) -> None:
-        # Not by `pin_memory=True`: PyTorch's allocator of pinned memory takes the next power of two.
-        error = torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), self._buffer.numel(), 0)
-        self._pinned = int(error) == 0
-        if not self._pinned:  # the copy is slower then, and waits
-            with contextlib.suppress(RuntimeError):  # PyTorch reports the refusal with its next kernel, and forgets it
-                torch.zeros(1, device="cuda")
-
-    def free(self) -> None:
-        if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
-        self._buffer, self._pinned = torch.empty(0, dtype=torch.uint8), False
-
-    def prepare(self, spans: Mapping[str, Span]) -> Callable[[], dict[str, Span]]:
-        """What gives copies of what this worker owns of `spans`, in any thread; the next ones overwrite them."""
-        mine = shards.owned(spans)
-        size = sum(span.data.nbytes for span in mine.values())
-        device = next((span.data.device for span in mine.values() if span.data.is_cuda), None)
-        if self._buffer.numel() < size:
-            self.free()  # before the new one is there
-            self._buffer = torch.empty(size, dtype=torch.uint8)
-            if device is not None:
-                self._pin()
-        side = torch.cuda.Stream(device) if device is not None else None
-        if side is not None:
-            side.wait_stream(torch.cuda.current_stream(device))  # here: what is computed later is not waited for
-
-        def copies() -> dict[str, Span]:
-            found, at = {}, 0
-            with torch.cuda.stream(side) if side is not None else contextlib.nullcontext():
-                for name, span in mine.items():
-                    data = self._buffer[at : at + span.data.nbytes].view(span.data.dtype)
-                    data.copy_(span.data.detach(), non_blocking=side is not None)
-                    found[name] = Span(data, span.start, span.shape)
-                    at += span.data.nbytes
-            if side is not None:
-                side.synchronize()
-            return found
-
-        return copies
 
 
 def _part_name(rank: int) -> str:

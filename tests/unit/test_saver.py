@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from distributed import run
 
 from ray_ft import paths, retry
 from ray_ft.span import Span
-from ray_ft.train import checkpoint, saver, shards
+from ray_ft.train import checkpoint, host_copy, saver, shards
 from ray_ft.train.keeper import Keeper
 from ray_ft.train.saver import Saver
 
@@ -229,9 +230,13 @@ def fail_on(rank: int, world: int, folder: str, place: str) -> list[Any]:
     for step in range(1, 5):
         bad = step in (2, 3) and rank == (0 if place == "commit" else world - 1)
 
-        def call(*args: Any, bad: bool = bad, **options: Any) -> Any:
+        def call(*args: Any, bad: bool = bad, step: int = step, **options: Any) -> Any:
             if bad and PLACES[place][2](*args):
                 raise OSError(28, "No space left on device")
+            if place == "shard" and step == 2:  # between its folder and its file, while another worker gives up
+                os.makedirs(args[0], exist_ok=True)
+                time.sleep(0.3)
+                assert os.path.isdir(args[0]), f"{args[0]} is gone"
             return real(*args, **options)
 
         setattr(*PLACES[place][:2], call)
@@ -313,7 +318,7 @@ def test_a_fault_of_any_other_kind_is_told_and_training_goes_on(
         patch.setattr(shards, "write", lambda *args: {}["what"])
         save(keeper, 1)
         assert keeper.last_error == "worker 0: KeyError: 'what'" and "there is none yet" in lines[0]
-        keeper._host = saver._HostCopy()
+        keeper._host = host_copy.HostCopy()
 
         def full(*args: Any, **options: Any) -> Any:
             raise MemoryError
@@ -328,13 +333,13 @@ def test_a_fault_of_any_other_kind_is_told_and_training_goes_on(
 def test_the_copy_is_made_beside_the_next_step_and_is_there_before_it_updates_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    computing, real = threading.Event(), saver._HostCopy.prepare
+    computing, real = threading.Event(), host_copy.HostCopy.prepare
 
     def slow(host: Any, spans: Any) -> Any:
         copy = real(host, spans)
         return lambda: (computing.wait(60), copy())[1]
 
-    monkeypatch.setattr(saver._HostCopy, "prepare", slow)
+    monkeypatch.setattr(host_copy.HostCopy, "prepare", slow)
     written, _ = make(tmp_path)
     spans = state_of(0, 1, 1)
     keeper = Keeper(written, lambda: spans, total, resting=True)
@@ -357,7 +362,7 @@ def test_a_copy_beside_a_step_that_finds_no_memory_is_told_and_nobody_waits_for_
         raise MemoryError
 
     keeper, lines = make(tmp_path)
-    monkeypatch.setattr(saver._HostCopy, "prepare", lambda host, spans: full)
+    monkeypatch.setattr(host_copy.HostCopy, "prepare", lambda host, spans: full)
     keeper.begin(1, state_of(0, 1, 1), resting=True)
     keeper.await_copy()
     keeper.finish(total)
