@@ -43,6 +43,7 @@ class Rungs:
         # Of each rung, as long as nothing changes: every trial that waits is asked about again and again.
         self._ranked: dict[int, list[tuple[float, int]]] = {}
         self._completed: dict[int, bool] = {}
+        self._left: list[int] | None = None  # see _last_resort
 
     def arrived(self, number: int, progress: float, value: float) -> bool:
         """Note a report; True where it brought the trial onto a rung."""
@@ -81,6 +82,9 @@ class Rungs:
         # Others can only make it worse; on higher rungs it is not known before how many will come.
         places = places if complete else self._quota(self.expected)
         never = rank >= places and (complete or rung == 0)
+        # A better one may have stopped before those failed that were better still, and does not come back.
+        if complete and number == self._last_resort():
+            return Verdict.GO
         # Those that went on may fail: until one has finished, the next best waits.
         return Verdict.STOP if never and (self._finished or rank > places) else Verdict.WAIT
 
@@ -103,6 +107,16 @@ class Rungs:
     def _changed(self) -> None:
         self._ranked.clear()
         self._completed.clear()
+        self._left = None
+
+    def _last_resort(self) -> int | None:
+        """The best of those that stand somewhere, where none is under way and none has finished: it has to be this."""
+        if self._left is None:
+            left = [number for number in self._values[0] if number not in self._gone]
+            levels = {number: rung for rung, values in enumerate(self._values) for number in values}  # the highest
+            under_way = any(number in self._promoted[levels[number]] for number in left)
+            self._left = [] if self._finished or under_way else sorted(left, key=self.before)[:1]
+        return self._left[0] if self._left else None
 
     def _quota(self, count: int) -> int:
         """How many of a complete rung go on; one at least, so that one reaches the end."""

@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ray_ft.tune.rungs import Rungs, Verdict
@@ -79,6 +79,31 @@ def test_when_no_more_come_the_best_goes_on() -> None:
     assert [rungs.verdict(number) for number in range(2)] == [WAIT, GO]
 
 
+def test_the_next_best_goes_on_where_those_who_are_better_failed_or_had_been_stopped() -> None:
+    rungs = Rungs(9, 0.1, 3, 1)
+    for number in range(9):
+        rungs.arrived(number, 0.1, float(number))
+    for number in range(3):
+        rungs.promote(number)
+        rungs.arrived(number, 0.3, float(number))
+    assert [rungs.verdict(number) for number in range(3)] == [GO, WAIT, STOP]
+    rungs.gone(2)
+    for number in (0, 1):
+        assert rungs.verdict(number) is GO
+        rungs.promote(number)
+        rungs.gone(number, failed=True)
+    for number in (3, 4):  # in the place of those
+        assert rungs.verdict(number) is GO
+        rungs.promote(number)
+        rungs.arrived(number, 0.3, float(number))
+    assert rungs.verdict(3) is GO  # 2 was better, and does not come back
+    rungs.promote(3)
+    assert rungs.verdict(4) is not GO
+    rungs.gone(3, finished=True)
+    assert {rungs.verdict(number) for number in range(4, 9)} == {STOP}
+
+
+@example(count=33, cap=3, eta=3, first=0.02, seed=3)  # one waited for ever
 @given(
     count=st.integers(1, 40),
     cap=st.integers(1, 8),
