@@ -10,6 +10,7 @@ from typing import Any
 import hypothesis
 import pytest
 import yaml
+from hypothesis.internal.conjecture import providers
 
 from ray_ft import recipe
 from ray_ft.demo import PROMPT, DemoPaths, labels, preference, write_demo
@@ -20,6 +21,13 @@ from ray_ft.recipe import Recipe
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("hunt", max_examples=5_000, deadline=None)
 hypothesis.settings.load_profile("same")
+
+# Hypothesis also draws the constants of whatever modules of ours are loaded: of a worker of pytest-xdist those that the
+# files before had imported, and so other examples each time. They are for hunting alone.
+_constants = providers._get_local_constants
+providers._get_local_constants = lambda: (
+    providers._local_constants if hypothesis.settings().derandomize else _constants()
+)
 
 
 @pytest.fixture(scope="session")
