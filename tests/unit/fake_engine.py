@@ -29,6 +29,7 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
 LABELS = ("good", "bad")
 SECRET = "engine-secret"
+PROBE = "probe"  # the gateway's name for requests of its own
 
 
 @dataclass
@@ -44,9 +45,11 @@ class Engine:
         stall_after: tokens after which nothing more comes; None: never.
         break_after: tokens after which the connection ends; None: never.
         split: write every event in two halves.
+        may: released once for each token that may be given, those of probes aside; None: all may.
         secret: what x-engine-secret has to be; others get 401.
         requests: (path, body, headers) of what came.
         cancelled: requests whose client went away before their end.
+        given: tokens of streams that were sent.
     """
 
     tokens: tuple[str, ...] | None = None
@@ -56,9 +59,11 @@ class Engine:
     stall_after: int | None = None
     break_after: int | None = None
     split: bool = False
+    may: threading.Semaphore | None = None
     secret: str = SECRET
     requests: list[tuple[str, dict[str, Any], dict[str, str]]] = field(default_factory=list)
     cancelled: int = 0
+    given: int = 0
     running: int = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -109,6 +114,8 @@ class Engine:
             return
         if self.stall_after is not None:
             await asyncio.sleep(3600)
+        for _ in words:
+            await self._allowed(headers["x-request-id"])
         await asyncio.sleep(self.first + (len(words) / self.rate if self.rate else 0))
         text = "".join(words)
         kept: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
@@ -116,6 +123,11 @@ class Engine:
         kind = "chat.completion" if chat else "text_completion"
         head = {"id": f"{'chat' if chat else ''}cmpl-{headers['x-request-id']}", "object": kind, "created": 1}
         await _reply(send, 200, {**head, "model": body["model"], "choices": choices, "usage": used})
+
+    async def _allowed(self, name: str) -> None:
+        """Wait until one token more may be given."""
+        while self.may is not None and name != PROBE and not self.may.acquire(blocking=False):
+            await asyncio.sleep(0.002)
 
     def _words(self, body: dict[str, Any], chat: bool) -> list[str]:
         most = body.get("max_completion_tokens", body.get("max_tokens", 64))
@@ -150,6 +162,7 @@ class Engine:
                 await asyncio.sleep(3600)
             if at == self.break_after:
                 raise ConnectionError("the fake engine breaks off")  # uvicorn closes the connection
+            await self._allowed(name)
             if self.rate or self.first:
                 await asyncio.sleep(max(0.0, began + (at / self.rate if self.rate else 0) - time.monotonic()))
             elif at % 16 == 15:
@@ -159,6 +172,7 @@ class Engine:
                 piece: dict[str, Any] = {"delta": {"content": word}} if chat else {"text": word}
                 choice = {"index": i, **piece, "logprobs": None, "finish_reason": end, "token_ids": None}
                 await event({**head, "choices": [choice]})
+                self.given += 1
         if (body.get("stream_options") or {}).get("include_usage"):
             await event({**head, "choices": [], "usage": used})
         await event(b"[DONE]")
@@ -255,7 +269,7 @@ def gateway(routes: Sequence[Route], settings: Settings | None = None, api_keys:
         yield url
 
 
-def wait_until(true: Callable[[], Any], seconds: float = 10) -> None:
+def wait_until(true: Callable[[], Any], seconds: float = 30) -> None:
     """Wait for what another thread does."""
     deadline = time.monotonic() + seconds
     while not true():
