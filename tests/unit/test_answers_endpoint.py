@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,10 +80,9 @@ def test_what_may_pass_is_tried_again(fake: Fake, status: int) -> None:
 
 def test_the_server_says_how_long_to_wait(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
+    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=waits.append))  # nobody else's
     fake.reply = lambda prompt, attempt: fake_openai.error(429, "busy", {"Retry-After": "7"}) if attempt == 1 else None
     assert ask(fake, Prompt(text="a"))[0].text == "<a>"
-    waits = [wait for wait in waits if wait]  # the server of this test sleeps for 0 s
     assert len(waits) == 1 and 7 <= waits[0] < 7.1
 
 
@@ -177,14 +177,14 @@ def test_what_is_no_such_api_is_said(fake: Fake) -> None:
 
 def test_nobody_there_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # of no meaning for loopback
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    with (
-        pytest.raises(ServeError, match=rf"no answer from {url}/v1: .*refused[\s\S]*ray-ft serve"),
-        answers.opened(Target.of(url)),
-    ):
-        pass
+    with socket.socket() as silent:  # its port is nobody else's meanwhile
+        silent.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with (
+            pytest.raises(ServeError, match=rf"no answer from {url}/v1: .*refused[\s\S]*ray-ft serve"),
+            answers.opened(Target.of(url)),
+        ):
+            pass
 
 
 def test_a_proxy_of_the_environment_is_not_asked_for_loopback(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ def test_figures_compare_with_the_start_and_with_the_peer() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("every", [2, 1000])
 def test_the_peer_goes_on_at_its_newest_checkpoint(demo: DemoPaths, tmp_path: Path, every: int) -> None:
     tokens = np.random.default_rng(0).integers(6, 60, (400, 16))
@@ -69,9 +70,9 @@ def test_the_peer_goes_on_at_its_newest_checkpoint(demo: DemoPaths, tmp_path: Pa
     settings.write_text(json.dumps(content))
     run = Torchrun(settings, progress, 2)
     try:
-        run.wait("step 5", lambda: len(run.steps()) >= 5, 120)
+        run.wait("step 5", lambda: len(run.steps()) >= 5, 280)
         os.kill(run.workers()[0], signal.SIGKILL)
-        run.wait("step after the kill", lambda: recovery.resumed(run.steps()) is not None, 120)
+        run.wait("step after the kill", lambda: recovery.resumed(run.steps()) is not None, 280)
         steps = run.steps()
     finally:
         run.end()

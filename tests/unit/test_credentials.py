@@ -339,8 +339,9 @@ def test_an_empty_token_is_no_token(own: Path) -> None:
         credentials.make_token()
 
 
-def test_a_token_that_is_being_written_is_waited_for(own: Path) -> None:
+def test_a_token_that_is_being_written_is_waited_for(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two first commands at once: the second may find the file before it has its content."""
+    monkeypatch.setattr(credentials, "WRITTEN_SECONDS", 60)
     file = secret(own / ".ray", "auth_token", "")
     writer = threading.Timer(0.2, file.write_text, ["ab" * 32])
     writer.start()

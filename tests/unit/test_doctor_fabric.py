@@ -249,14 +249,15 @@ def test_looks_at_this_machine() -> None:
 
 def test_a_port_that_refuses() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        end = listening.getsockname()
-        assert network._refused(end) == ""
-    assert "refused" in network._refused(end).lower()
+        assert network._refused(listening.getsockname()) == ""
+    with socket.socket() as silent:  # its port is nobody else's meanwhile
+        silent.bind(("127.0.0.1", 0))
+        assert "refused" in network._refused(silent.getsockname()).lower()
 
 
 def test_what_is_asked_late_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     never = threading.Event()
-    monkeypatch.setattr(network, "SECONDS", 0.2)
+    monkeypatch.setattr(network, "SECONDS", 2.0)
     asked = {"quick": 0.0, "slow": 60.0}
     assert network._each(set(asked), lambda name: not never.wait(asked[name]), "late") == {
         "quick": True,
@@ -397,10 +398,14 @@ def test_cards_are_looked_at_where_several_nodes_have_gpus() -> None:
 
 
 def _both(rank: int, world: int) -> dict[str, Any]:
+    began = time.monotonic()
     reduced = collective.all_reduce((64 << 10, 1 << 20))
+    took = time.monotonic() - began
     alone = collective.all_reduce((64 << 10,), [0])
+    began = time.monotonic()
     exchanged = collective.exchange(fabric.rounds(range(world)), 1 << 20)
-    return {"reduced": reduced, "alone": alone, "exchanged": exchanged}
+    exchanging = time.monotonic() - began
+    return {"reduced": reduced, "alone": alone, "exchanged": exchanged, "took": took, "exchanging": exchanging}
 
 
 def test_measures_between_two_processes() -> None:
@@ -410,11 +415,11 @@ def test_measures_between_two_processes() -> None:
     for row in first["reduced"]:
         assert row["algbw"] == pytest.approx(row["bytes"] / row["seconds"])
         assert row["busbw"] == pytest.approx(row["algbw"])  # 2 (n - 1) / n of two ranks is 1
-        assert row["busbw"] > 1e6
+    assert 0 < sum(row["seconds"] for row in first["reduced"]) < max(first["took"], second["took"])
     assert [row["busbw"] for row in first["alone"]] == [0.0]
     assert second["alone"] == []
     assert set(first["exchanged"]) == set(second["exchanged"]) == {(0, 1)}
-    assert first["exchanged"][0, 1] > 1e6
+    assert first["exchanged"][0, 1] > (1 << 20) / first["exchanging"]
 
 
 def _meet(rank: int, world: int, folder: str) -> float:

@@ -537,11 +537,17 @@ def behind_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 def test_clients_of_this_machine_use_no_proxy(behind_proxy: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import psutil
 
-    monkeypatch.setattr(quickstart, "START_SECONDS", 5)
+    monkeypatch.setattr(quickstart, "START_SECONDS", 60)
     popen = psutil.Popen
     # As `ray-ft serve` does, it ends on SIGINT also where a shell has this process in the background and ignores it.
-    sleep = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL); time.sleep(60)"
-    monkeypatch.setattr(psutil, "Popen", lambda _, env: popen([sys.executable, "-c", sleep]))
+    sleep = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL); print(flush=True); time.sleep(60)"
+
+    def started(_: Any, env: Any) -> psutil.Popen:
+        process = popen([sys.executable, "-c", sleep], stdout=subprocess.PIPE)
+        process.stdout.readline()  # else it may be told to end before it has heard of signals
+        return process
+
+    monkeypatch.setattr(psutil, "Popen", started)
     question = Question(
         "held-out:1", Conversation(({"role": "user", "content": "one"}, {"role": "assistant", "content": "ok"}))
     )

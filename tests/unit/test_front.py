@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import time
 import types
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -41,7 +42,7 @@ async def running() -> AsyncIterator[tuple[Front, App, httpx.AsyncClient]]:
     app = App()
     found = Front(app, "127.0.0.1")
     await found.start()
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
         try:
             yield found, app, client
         finally:
@@ -66,7 +67,7 @@ def test_a_ticket_is_good_for_one_request_and_its_place_lasts_as_long() -> None:
             assert not end.done(), "the place lasts as long as the request"
             app.may.set()
             assert (await answer).text == "ok"
-            assert await asyncio.wait_for(end, 5) is None
+            assert await asyncio.wait_for(end, 60) is None
             assert found.idle_seconds() == 0
 
     asyncio.run(main())
@@ -79,7 +80,7 @@ def test_a_place_that_nobody_uses_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         async with running() as (found, _, client):
             hold = found.hold()
             place = await anext(hold)
-            assert await asyncio.wait_for(anext(hold, None), 5) is None
+            assert await asyncio.wait_for(anext(hold, None), 60) is None
             assert (await client.post(place["url"] + PATH, headers=place["headers"])).status_code == 404
 
     asyncio.run(main())
@@ -99,8 +100,9 @@ def test_an_engine_that_works_on_a_whole_answer_is_not_silent() -> None:
             await app.began.wait()
             await asyncio.sleep(0.1)
             assert found.idle_seconds() >= 0.1
+            before = time.monotonic()
             processor.update_scheduler_stats("stats")
-            assert found.idle_seconds() < 0.1 and told == ["stats"]
+            assert found.idle_seconds() <= time.monotonic() - before and told == ["stats"]
             app.may.set()
             await answer
 

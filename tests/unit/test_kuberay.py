@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -285,18 +286,19 @@ def test_a_pod_that_goes_knows_what_runs_on_it(leave: ModuleType) -> None:
     def process(title: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(["bash", "-c", f"exec -a '{title}' sleep 60"])
 
-    busy, idle = process("ray::Canary.run"), process("ray::IDLE canary")
+    title = f"ray::Canary{os.getpid()}.run"  # another run of these tests may have one too
+    busy, idle = process(title), process("ray::IDLE canary")
     try:
         until = time.monotonic() + 30
-        while "ray::Canary.run" not in leave.at_work() and time.monotonic() < until:
+        while title not in leave.at_work() and time.monotonic() < until:
             time.sleep(0.05)
-        assert "ray::Canary.run" in leave.at_work()
-        assert not [title for title in leave.at_work() if title.startswith("ray::IDLE")]
+        assert title in leave.at_work()
+        assert not [other for other in leave.at_work() if other.startswith("ray::IDLE")]
     finally:
         for one in (busy, idle):
             one.kill()
             one.wait()
-    assert "ray::Canary.run" not in leave.at_work()
+    assert title not in leave.at_work()
 
 
 def test_no_file_names_an_image_but_one() -> None:

@@ -117,7 +117,7 @@ def test_ctrl_c_and_sigterm_leave_a_checkpoint_and_the_next_call_ends_as_if_undi
 
     def interrupt() -> None:
         os.kill(os.getpid(), told_by)
-        assert told.wait(10)
+        assert told.wait(60)
 
     with monkeypatch.context() as patch:
         at_step(3, interrupt, patch)

@@ -51,6 +51,7 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+        self.peak = max(self.peak, anonymous())  # it may have been looked at last before the end
 
     @property
     def grown(self) -> int:

@@ -179,11 +179,11 @@ def test_workers_hear_that_their_node_was_told_to_go(monkeypatch: pytest.MonkeyP
     ]
     drains = controller._Drains()
     drains.after_worker_group_start(SimpleNamespace(get_workers=lambda: workers))
-    heard = dict(told.get(timeout=10) for _ in workers)
+    heard = dict(told.get(timeout=60) for _ in workers)
     assert [heard[rank].preempted_ranks for rank in (0, 1)] == [[0], [0]]
     watching = drains._watcher._monitor_thread
     drains.before_worker_group_shutdown(None)
-    watching.join(10)
+    watching.join(60)
     assert not watching.is_alive()
 
 
@@ -310,12 +310,12 @@ def test_workers_hear_what_is_asked_and_a_new_start_does_not_hear_what_it_fulfil
     told[0] = True
     assert link.asked() is Ask.LEAVE
     board.board.ask(Ask.STOP)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while link.asked() is not Ask.STOP:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    link.close()
     [listening] = [thread for thread in threading.enumerate() if thread.name == "ray-ft-board"]
+    link.close()
     listening.join()  # else it would call Ray itself after this test
     assert BoardLink(board, 1, lambda: told[0]).asked() is Ask.LEAVE
 

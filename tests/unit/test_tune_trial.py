@@ -36,11 +36,11 @@ def reporting(one: Any, step: int) -> threading.Thread:
 
 def test_training_waits_until_its_report_was_judged(training: Any) -> None:
     thread = reporting(training, 1)
-    assert training._reports.get(timeout=5)["loss"] == 1.0
+    assert training._reports.get(timeout=60)["loss"] == 1.0
     thread.join(0.2)
     assert thread.is_alive()
     training.go_on()
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -50,10 +50,10 @@ def test_training_that_was_told_to_end_waits_for_nobody(training: Any) -> None:
     while training._asked is Ask.NOTHING or not training._heard.is_set():
         pass
     thread = reporting(training, 1)  # of the step under way
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
     training._over.set()
-    ended.join(5)
+    ended.join(60)
     assert not ended.is_alive()
     with pytest.raises(queue.Empty):
         [training._reports.get(timeout=0.01) for _ in range(2)]
