@@ -79,9 +79,9 @@ class Validation:
         pass  # it looks for checkpoints by itself
 
     def ended(self, complete: bool) -> None:
-        self._over.set()
         if not complete:
-            self._stop.set()
+            self._stop.set()  # first: the end alone asks for a last validation
+        self._over.set()
         try:
             if not self._done.wait(LAST_SECONDS):
                 self._say(f"the last validation was given up after {LAST_SECONDS:.0f} s")

@@ -23,7 +23,6 @@ from ray_ft.evaluate import during, held_out_questions
 from ray_ft.evaluate.during import Answered, Validation
 from ray_ft.recipe import Recipe
 from ray_ft.train import launch, loop
-from ray_ft.train.metrics import read_metrics
 from ray_ft.view import View
 
 
@@ -72,27 +71,36 @@ class Recorded:
         self.told.append(complete)
 
 
-def slowest(recipe: Recipe) -> float:
-    return max(row["step_seconds"] for row in read_metrics(recipe.run.dir))
-
-
 def test_a_companion_hears_of_the_run_and_holds_no_step_up(
     demo: DemoPaths, tmp_path: Path, shown: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sleep, began = 1.5, time.monotonic()
-    recipe = recipe_for(demo, tmp_path / "a", "train.max_steps=3")
-    companion = Recorded(lambda: time.sleep(sleep))
-    launch.train(recipe, shown[0], beside=[companion])
+    trained, seen, taken = threading.Event(), list[bool](), list[int]()
+    real = loop.train_step
+
+    def train_step(*args: Any) -> Any:
+        found = real(*args)
+        taken.append(1)
+        if len(taken) == 3:
+            trained.set()
+        return found
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    companion = Recorded(lambda: seen.append(trained.wait(100)))
+    launch.train(recipe_for(demo, tmp_path / "a", "train.max_steps=3"), shown[0], beside=[companion])
     assert companion.told == ["started", "resumed", True]
     assert "hello from beside" in shown[1].getvalue()
-    assert time.monotonic() - began > sleep and slowest(recipe) < sleep / 2
+    assert seen == [True]  # all steps were taken while it was at work, and its end was waited for
 
-    # The same sleep within the steps is seen by the same measure, so that it can fail.
-    real = loop.train_step
-    monkeypatch.setattr(loop, "train_step", lambda *args: (time.sleep(sleep), real(*args))[1])
-    planted = recipe_for(demo, tmp_path / "b", "train.max_steps=1")
-    launch.train(planted, shown[0], beside=[Recorded()])
-    assert slowest(planted) > sleep
+    class Slow(Recorded):
+        def started(self, say: Callable[[str], None]) -> None:
+            seen.append(trained.wait(0.1))
+            super().started(say)
+
+    # One that holds the training up is seen by the same measure, so that it can fail.
+    trained.clear()
+    taken.clear()
+    launch.train(recipe_for(demo, tmp_path / "b", "train.max_steps=3"), shown[0], beside=[Slow()])
+    assert seen == [True, False] and trained.is_set()
 
 
 def test_a_companion_hears_that_the_workers_are_gone_and_back(
@@ -173,7 +181,7 @@ def right(recipe: Recipe) -> Callable[[int], Answered]:
     return lambda step: Answered(step, [Answer(text, "stop", 1, 1) for text in texts])
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -347,7 +355,26 @@ def test_a_run_that_was_stopped_waits_for_no_validation(recipe: Recipe, monkeypa
     beside.committed = [10]
     began = time.monotonic()
     beside.ended(False)
-    assert time.monotonic() - began < 5 and not beside.results()
+    assert time.monotonic() - began < during.LAST_SECONDS / 10 and not beside.results()
+
+
+def test_the_end_of_a_run_that_was_stopped_is_no_reason_for_a_last_validation(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(threading.Event):
+        def set(self) -> None:
+            super().set()
+            time.sleep(0.3)  # whoever looks for it sees it before anything else is said
+
+    beside = Clockwork(recipe, monkeypatch, right(recipe))
+    beside._over = Slow()
+    looked = threading.Event()
+    monkeypatch.setattr(during.checkpoint, "steps", lambda folder: looked.set() or [10])
+    beside.committed = [10]
+    beside.begin()
+    assert looked.wait(60)
+    beside.ended(False)
+    assert not beside.attempts
 
 
 def test_the_end_waits_for_the_last_validation_only_so_long(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
