@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 import weakref
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,12 @@ def test_a_case_is_timed_step_by_step_without_its_warm_up(tmp_path: Path) -> Non
         steps.measured(case, late)
 
 
-def test_steps_are_timed_until_they_are_enough_or_the_time_is_over() -> None:
+def test_steps_are_timed_until_they_are_enough_or_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(steps, "time", types.SimpleNamespace(monotonic=lambda: now))
+
     def after(durations: list[float], left: float, least: float = 10) -> bool:
         """Of the step that follows the first and those of `durations`, when `left` seconds are left."""
-        now = time.monotonic()
         times = [now - sum(durations[at:]) for at in range(len(durations) + 1)]
         return steps.is_last([{"at": at} for at in times], 3, least, now + left)
 
@@ -352,6 +355,15 @@ def test_parts_that_hang_or_fail_or_do_not_fit_say_so(monkeypatch: pytest.Monkey
         "if name == 'hangs': time.sleep(60)\n"
         "if name == 'fails': raise SystemExit('it broke')\n"
     )
+    real = subprocess.Popen
+
+    def written(asked: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        process = real(asked, **options)
+        while not Path(asked[3]).stat().st_size:  # its time begins then
+            time.sleep(0.01)
+        return process
+
+    monkeypatch.setattr(running.subprocess, "Popen", written)
     monkeypatch.setattr(running, "GRACE", 0.2)
     monkeypatch.setattr(running, "REST", 0.0)
     monkeypatch.setattr(running, "child_command", lambda name, rows, *more: [sys.executable, str(script), name, rows])

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -287,7 +288,13 @@ generate(source, Target.of(url), to, view=View(), batch_size=2, part_rows=int(pa
 @pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
 def test_a_killed_run_goes_on_behind_its_last_part(fake: Fake, tmp_path: Path, name: str) -> None:
     source, to, parts = prompts(tmp_path / "in.jsonl", 40), tmp_path / name, tmp_path / f"{name}.parts"
-    fake.seconds = 0.03
+    killed = threading.Event()
+
+    def reply(prompt: str, attempt: int) -> None:
+        if int(prompt[1:]) >= 24:  # it ends no sooner
+            killed.wait(100)
+
+    fake.reply = reply
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(source), fake.url, str(to), "4"], env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
@@ -297,10 +304,10 @@ def test_a_killed_run_goes_on_behind_its_last_part(fake: Fake, tmp_path: Path, n
     finally:
         process.kill()
         process.wait(30)
+        killed.set()
     assert not to.exists()
     kept = 4 * len(committed(parts))
     assert 12 <= kept < 40
-    fake.seconds = 0.0
     (parts / "part-000099.0-0-0-0.jsonl.1234.partial").write_text("left by whoever was killed while writing")
     done = run(fake, source, to, part_rows=7)  # the parts that are there keep their size
     assert (done.reused, done.counts) == (kept, Counts(answered=40, tokens=120))
@@ -317,7 +324,7 @@ def committed(parts: Path) -> list[Path]:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 200
     while not condition():
         assert process.poll() is None, "it ended before it was killed"
         assert time.monotonic() < until
