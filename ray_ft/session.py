@@ -302,8 +302,14 @@ def abandon(status: int) -> NoReturn:
 
     sys.stdout.flush()
     below = _descendants()
+
+    def raylet(one: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            return "raylet" in one.name()
+        return False
+
     # Ray ends this process, with a status of its own, as soon as it sees its raylet gone.
-    for process in sorted(below, key=lambda one: "raylet" in one.name()):
+    for process in sorted(below, key=raylet):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     os._exit(status)
