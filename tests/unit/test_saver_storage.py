@@ -77,10 +77,11 @@ def on_s3(rank: int, world: int, address: str, steps: int, big: int) -> list[Any
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # over two minutes where others use the machine
 def test_saves_and_restores_get_through_an_object_store_that_fails_again_and_again(server: str) -> None:
     big = 3 << 20  # 12 MiB, over pyarrow's 10 MiB parts
     with Faulty(server, 0, busy=0.15, reset=0.05, slow=0.05) as faulty:
-        answers = run(2, on_s3, faulty.address, 3, big, seconds=200)
+        answers = run(2, on_s3, faulty.address, 3, big, seconds=800)
         assert answers == [[3, 0, []]] * 2
         made = dict(faulty.counts)
         assert all(made[fault] >= 3 for fault in ("busy", "reset", "slow")), made
