@@ -49,7 +49,7 @@ REST = 2.0
 
 def main() -> None:
     parser = options(__doc__, PAIRS)
-    parser.add_argument("--requests", type=int, default=24, help="for each block, at least the concurrency")
+    parser.add_argument("--requests", type=int, default=24, help="for each block, at least three times the concurrency")
     parser.add_argument("--tokens", type=int, default=64, help="length of each answer")
     parser.add_argument("--hidden", type=int, default=256, help="width of the random Gemma 3 of four layers")
     parser.add_argument("--together", action="store_true", help="the engines share their cores with all else")
@@ -213,7 +213,7 @@ async def _measure(ours: Server, theirs: Server, given: argparse.Namespace) -> l
                 for stream in (True, False):
                     order = (ours, theirs) if pair % 2 == 0 else (theirs, ours)
                     # One after another takes as long as many at once: fewer of them tell as much.
-                    count = max(given.requests // (3 if concurrency == 1 else 1), concurrency)
+                    count = max(given.requests // (3 if concurrency == 1 else 1), 3 * concurrency)
                     found = {}
                     for server in order:
                         await asyncio.sleep(REST)
