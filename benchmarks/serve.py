@@ -34,7 +34,7 @@ import aiohttp
 
 from benchmarks.pairs import PAIRS, percentile, ratios
 from benchmarks.result import Figure, options, recorded
-from ray_ft import demo, paths, recipe
+from ray_ft import artifacts, demo, paths, recipe
 from ray_ft.quickstart import free_port
 from serving import engine, models
 from serving.gateway.keys import new_key
@@ -104,7 +104,7 @@ def _export(scratch: Path, hidden: int, one_thread: bool) -> Path:
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": models.sha256(str(path))}
         for path in sorted(folder.iterdir())
-        if path.is_file() and path.name != paths.MANIFEST
+        if path.is_file() and path.name != artifacts.MANIFEST
     }
     config = json.loads((folder / "config.json").read_text())
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -114,7 +114,7 @@ def _export(scratch: Path, hidden: int, one_thread: bool) -> Path:
     with torch.no_grad():
         rows = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     manifest = {
-        "format": paths.MANIFEST_FORMAT, "run": "bench", "step": 0, "base": str(folder), "kind": "model",
+        "format": artifacts.MANIFEST_FORMAT, "run": "bench", "step": 0, "base": str(folder), "kind": "model",
         "created": "2026-01-01T00:00:00Z", "files": files, "checks": {}, "metrics": {}, "recipe_sha256": "",
         "proof": {"token_ids": ids, "logprobs": [float(rows[at, token]) for at, token in enumerate(ids[1:])]},
         # Room for as many replicas as there are cores leaves one thread to the one that there is.
@@ -128,7 +128,7 @@ def _export(scratch: Path, hidden: int, one_thread: bool) -> Path:
             "max_position_embeddings": config["max_position_embeddings"],
         },
     }  # fmt: skip
-    paths.write_json(str(folder / paths.MANIFEST), manifest)
+    paths.write_json(str(folder / artifacts.MANIFEST), manifest)
     return folder
 
 

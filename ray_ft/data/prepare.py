@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ray_ft import paths
+from ray_ft import hub, paths
 from ray_ft.data import duplicates, sources
 from ray_ft.data import identity as identities
 from ray_ft.data import tokenizer as tokenizers
@@ -169,7 +169,7 @@ def _files_of(identity: dict[str, Any], found: Sequence[tuple[int, File]]) -> li
 @lru_cache(maxsize=4)
 def _tokenizer_of(model: str, code: bool) -> PreTrainedTokenizerBase:
     """Resolved once per process, not per chunk: a hub id asks the hub, a URI lists the storage."""
-    return load_tokenizer(paths.model_folder(model, weights=False, code=code))
+    return load_tokenizer(hub.model_folder(model, weights=False, code=code))
 
 
 @dataclass

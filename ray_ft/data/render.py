@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ray_ft import paths
+from ray_ft import hub
 from ray_ft.data import thinking
 from ray_ft.data.lines import Reject
 from ray_ft.data.rows import Asked, Conversation, Joined, Labelled, Pair, Sample, preferred
@@ -335,7 +335,7 @@ def _loaded(folder: str, stamps: tuple[tuple[str, int, int], ...]) -> PreTrained
         if not any(glob.glob(os.path.join(glob.escape(folder), name)) for name in VOCABULARIES):
             raise OSError(f"it holds none of {', '.join(VOCABULARIES)}")
         # Said, as transformers would else ask on the terminal whether a folder's own code may run.
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=paths.runs_code(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=hub.runs_code(folder))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"model.path {folder!r} has no usable tokenizer: {str(error).splitlines()[0]}",

@@ -23,13 +23,13 @@ from rich.console import Console
 
 from ray_ft import evaluate, paths, session
 from ray_ft import recipe as recipe_module
+from ray_ft.artifacts import Manifest
 from ray_ft.data import ledger, stream
 from ray_ft.data.prepare import prepare
 from ray_ft.demo import PROMPT, DemoPaths
 from ray_ft.errors import CheckpointError, DataError, ExportError, ModelError, ResourceError
 from ray_ft.evaluate import during
 from ray_ft.export import export
-from ray_ft.paths import Manifest
 from ray_ft.recipe import Recipe
 from ray_ft.span import Span
 from ray_ft.train import checkpoint, launch, shards

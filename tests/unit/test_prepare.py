@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ray_ft import paths
+from ray_ft import hub, paths
 from ray_ft.data import prepare as module
 from ray_ft.data import sources
 from ray_ft.data.pack import START, TRAINED
@@ -470,7 +470,7 @@ def test_a_model_of_the_hub_is_resolved_where_the_work_is_done_once_per_process(
         return demo.base
 
     monkeypatch.setattr(sources, "CHUNK_BYTES", 8000)
-    monkeypatch.setattr(paths, "model_folder", model_folder)
+    monkeypatch.setattr(hub, "model_folder", model_folder)
     prepared = prepare(make_recipe("model.path=somebody/some-model"), "train", demo.base, in_process)
     assert len(prepared.origins) > 3 and asked == [("somebody/some-model", False)]
 
