@@ -13,7 +13,7 @@ import pytest
 
 from ray_ft import artifacts, paths
 from ray_ft.data import ledger, sources, stream
-from ray_ft.data import prepare as module
+from ray_ft.data import work as works
 from ray_ft.data.ledger import Ledger
 from ray_ft.data.order import Order
 from ray_ft.data.prepare import prepare
@@ -30,7 +30,7 @@ GLOBAL = 8
 def order(make_recipe: Callable[..., Recipe], demo: DemoPaths, monkeypatch: pytest.MonkeyPatch) -> Order:
     """Two epochs of the demo in many units, shuffled, with a ledger."""
     monkeypatch.setattr(sources, "CHUNK_BYTES", 12_000)
-    monkeypatch.setattr(module, "SEGMENT_TOKENS", 1500)
+    monkeypatch.setattr(works, "SEGMENT_TOKENS", 1500)
     recipe = make_recipe("data.ledger=true", "data.shuffle_window=4000", "train.epochs=2")
     order = Order.of(recipe, prepare(recipe, "train", demo.base, stream.in_process))
     assert order.ledger and len(order.prepared.units) > 8
