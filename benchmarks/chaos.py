@@ -36,9 +36,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_ft import recipe as recipes
+from ray_ft.artifacts import RunDir
 from ray_ft.data import stream
 from ray_ft.demo import PROMPT, write_demo
-from ray_ft.paths import RunDir
 from ray_ft.recipe import Recipe
 from ray_ft.train import launch
 from ray_ft.train.metrics import read_metrics

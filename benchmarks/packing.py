@@ -32,8 +32,9 @@ from benchmarks.peers import packages
 from benchmarks.result import Figure, Table, options, recorded
 from ray_ft import demo, recipe
 from ray_ft.data import pack, stream
-from ray_ft.data.prepare import SEGMENT_TOKENS, prepare
+from ray_ft.data.prepare import prepare
 from ray_ft.data.render import Tokens
+from ray_ft.data.work import SEGMENT_TOKENS
 
 SEQ_LENS = (256, 1024, 4096)
 TIMED = ("chat", 1024)  # distribution and seq_len whose packing is timed, with all SAMPLES

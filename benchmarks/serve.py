@@ -34,7 +34,7 @@ import aiohttp
 
 from benchmarks.pairs import PAIRS, percentile, ratios
 from benchmarks.result import Figure, options, recorded
-from ray_ft import demo, paths, recipe
+from ray_ft import artifacts, demo, paths, recipe
 from ray_ft.quickstart import free_port
 from serving import engine, models
 from serving.gateway.keys import new_key
@@ -49,7 +49,7 @@ REST = 2.0
 
 def main() -> None:
     parser = options(__doc__, PAIRS)
-    parser.add_argument("--requests", type=int, default=24, help="for each block, at least the concurrency")
+    parser.add_argument("--requests", type=int, default=24, help="for each block, at least three times the concurrency")
     parser.add_argument("--tokens", type=int, default=64, help="length of each answer")
     parser.add_argument("--hidden", type=int, default=256, help="width of the random Gemma 3 of four layers")
     parser.add_argument("--together", action="store_true", help="the engines share their cores with all else")
@@ -104,7 +104,7 @@ def _export(scratch: Path, hidden: int, one_thread: bool) -> Path:
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": models.sha256(str(path))}
         for path in sorted(folder.iterdir())
-        if path.is_file() and path.name != paths.MANIFEST
+        if path.is_file() and path.name != artifacts.MANIFEST
     }
     config = json.loads((folder / "config.json").read_text())
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -114,7 +114,7 @@ def _export(scratch: Path, hidden: int, one_thread: bool) -> Path:
     with torch.no_grad():
         rows = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     manifest = {
-        "format": paths.MANIFEST_FORMAT, "run": "bench", "step": 0, "base": str(folder), "kind": "model",
+        "format": artifacts.MANIFEST_FORMAT, "run": "bench", "step": 0, "base": str(folder), "kind": "model",
         "created": "2026-01-01T00:00:00Z", "files": files, "checks": {}, "metrics": {}, "recipe_sha256": "",
         "proof": {"token_ids": ids, "logprobs": [float(rows[at, token]) for at, token in enumerate(ids[1:])]},
         # Room for as many replicas as there are cores leaves one thread to the one that there is.
@@ -128,7 +128,7 @@ def _export(scratch: Path, hidden: int, one_thread: bool) -> Path:
             "max_position_embeddings": config["max_position_embeddings"],
         },
     }  # fmt: skip
-    paths.write_json(str(folder / paths.MANIFEST), manifest)
+    paths.write_json(str(folder / artifacts.MANIFEST), manifest)
     return folder
 
 
@@ -213,7 +213,7 @@ async def _measure(ours: Server, theirs: Server, given: argparse.Namespace) -> l
                 for stream in (True, False):
                     order = (ours, theirs) if pair % 2 == 0 else (theirs, ours)
                     # One after another takes as long as many at once: fewer of them tell as much.
-                    count = max(given.requests // (3 if concurrency == 1 else 1), concurrency)
+                    count = max(given.requests // (3 if concurrency == 1 else 1), 3 * concurrency)
                     found = {}
                     for server in order:
                         await asyncio.sleep(REST)

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_ft import paths, recipe
+from ray_ft import artifacts, paths, recipe
 from ray_ft.data import sources
 from ray_ft.data.rows import Labelled, columns_used, to_sample
 from ray_ft.evaluate import held_out_questions
@@ -185,7 +185,7 @@ def _rows(name: str, task: Task) -> list[Row]:
         _verb(name, "evaluate", run)
         report = paths.read_json(settings.run.dir.evaluation)
         _verb(name, "export", run)
-        checks = paths.read_json(paths.join(settings.run.dir.export, paths.MANIFEST))["checks"]
+        checks = paths.read_json(paths.join(settings.run.dir.export, artifacts.MANIFEST))["checks"]
         exported = f"{len(checks)} checks"
         http = task.asked(settings, run)
     except StepFailed as failure:
@@ -204,7 +204,7 @@ def _exported(name: str) -> None:
     path = str(ROOT / "configs" / f"{task.recipe}.yaml")
     _verb(name, "demo", "--task", task.demo)
     run = recipe.load(path).run.dir
-    if not paths.exists(paths.join(run.export, paths.MANIFEST)):
+    if not paths.exists(paths.join(run.export, artifacts.MANIFEST)):
         _trained(name, path, run.root)
         _verb(name, "export", run.root)
 

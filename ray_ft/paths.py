@@ -1,4 +1,4 @@
-"""Where things lie: the run directory and its manifest, on any pyarrow filesystem.
+"""Files and folders on any pyarrow filesystem.
 
 A location is a local path or a URI (``s3://``, ``gs://``, ``file://``, or any protocol that fsspec knows). Nothing here
 imports torch or ray, so that serving and the command line can read a run without loading either.
@@ -17,8 +17,6 @@ import re
 import shutil
 import tempfile
 import uuid
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +24,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from ray_ft import credentials
-from ray_ft.errors import CheckpointError, ModelError, ServeError, StorageError, first_line
-
-MANIFEST = "manifest.json"
-MANIFEST_FORMAT = 2
-SWEEP = "sweep.json"
-WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+from ray_ft.errors import StorageError
 
 
 def is_uri(location: str) -> bool:
@@ -74,35 +67,6 @@ def parent(location: str) -> str:
 
 def base_name(location: str) -> str:
     return split_query(location)[0].rpartition("/")[2]
-
-
-def run_of(location: str) -> str:
-    """The run directory that a location stands for: of a sweep's directory, its best trial's; else the location itself.
-
-    Raises:
-        CheckpointError: no trial of the sweep has reported yet, so none is the best.
-        StorageError: what the sweep has written cannot be read.
-    """
-    record = join(absolute(location), SWEEP)
-    if not exists(record):
-        return location
-    ways = [
-        "continue the sweep: ray-ft tune RECIPE --resume",
-        f"name a trial's run directory: {join(location, '0000')}",
-    ]
-    try:
-        best = read_json(record)["best"]
-        name = None if best is None else trial_name(best)
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise StorageError(f"the sweep's record {record} cannot be read: {first_line(error)}", ways) from error
-    if name is None:
-        raise CheckpointError(f"the sweep {location!r} has no best trial yet: none has reported its metric", ways)
-    return join(location, name)
-
-
-def trial_name(number: int) -> str:
-    """Of a trial, in its sweep's directory."""
-    return f"{number:04d}"
 
 
 def filesystem(location: str) -> tuple[pafs.FileSystem, str]:
@@ -308,139 +272,6 @@ def probe_writable(location: str) -> None:
         ) from error
 
 
-@dataclass(frozen=True)
-class RunDir:
-    """The layout of one run's directory; `root` is ``<run.storage>/<run.name>``."""
-
-    root: str
-
-    def at(self, *parts: str) -> str:
-        return join(self.root, *parts)
-
-    @property
-    def recipe(self) -> str:
-        return self.at("recipe.yaml")
-
-    @property
-    def rejects(self) -> str:
-        return self.at("data", "rejects.jsonl")
-
-    @property
-    def stats(self) -> str:
-        return self.at("data", "stats.json")
-
-    @property
-    def checkpoints(self) -> str:
-        return self.at("checkpoints")
-
-    @property
-    def metrics(self) -> str:
-        return self.at("metrics.jsonl")
-
-    @property
-    def tensorboard(self) -> str:
-        return self.at("tensorboard")
-
-    @property
-    def logs(self) -> str:
-        return self.at("logs")
-
-    @property
-    def evaluation(self) -> str:
-        return self.at("eval", "report.json")
-
-    @property
-    def validations(self) -> str:
-        """Folder with a report for each step that was evaluated beside the training."""
-        return self.at("eval", "steps")
-
-    @property
-    def examples(self) -> str:
-        """Held-out prompts with their references, for the playground."""
-        return self.at("eval", "examples.json")
-
-    @property
-    def report(self) -> str:
-        return self.at("report.html")
-
-    @property
-    def export(self) -> str:
-        return self.at("export")
-
-    @property
-    def adapter(self) -> str:
-        """The export of an adapter alone, without its base."""
-        return self.at("adapter")
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """``manifest.json`` of an exported model: all that serving knows of how it was made.
-
-    Attributes:
-        folder: the Hugging Face folder that the manifest lies in (a location).
-        content: the parsed JSON. Keys: ``format``, ``run``, ``step``, ``base``, ``recipe_sha256``, ``metrics``
-            (name → number), ``created``, ``kind`` (``model``, or ``adapter`` of the model ``base``), ``model``
-            {``architecture``, ``model_type``, ``dtype``, ``parameters``, ``bytes``, ``max_position_embeddings``,
-            ``trained_seq_len``, ``stop_token_ids``, of an adapter ``rank``}, ``checks`` (what the gate measured),
-            ``proof`` (``token_ids`` of a real row and ``logprobs``, what the trained weights give each of them but the
-            first, so that whoever serves the folder can see that it answers alike), ``serve`` (the recipe's serve
-            section) and ``files`` (name → {``bytes``, ``sha256``}).
-    """
-
-    folder: str
-    content: dict[str, Any]
-
-    @cached_property
-    def model(self) -> dict[str, Any]:
-        return self.content["model"]
-
-    @property
-    def serve(self) -> dict[str, Any]:
-        return self.content["serve"]
-
-    @property
-    def run(self) -> str:
-        return self.content["run"]
-
-    @property
-    def is_adapter(self) -> bool:
-        return self.content["kind"] == "adapter"
-
-    def save(self) -> None:
-        write_json(join(self.folder, MANIFEST), self.content)
-
-    @classmethod
-    def load(cls, run_or_folder: str) -> Manifest:
-        """Read the manifest of a run directory or of an export folder.
-
-        Raises:
-            ServeError: there is none, or it is of another format.
-        """
-        location = absolute(run_or_folder)
-        for folder in (location, join(location, "export"), join(location, "adapter")):
-            if exists(join(folder, MANIFEST)):
-                content = None
-                with contextlib.suppress(ValueError):
-                    content = read_json(join(folder, MANIFEST))
-                if not isinstance(content, dict):
-                    raise ServeError(
-                        f"{join(folder, MANIFEST)} is damaged: it holds no JSON object",
-                        ["export the run again: ray-ft export RUN"],
-                    )
-                if content.get("format") != MANIFEST_FORMAT:
-                    raise ServeError(
-                        f"{join(folder, MANIFEST)} has format {content.get('format')!r}, this version reads "
-                        f"{MANIFEST_FORMAT}",
-                        ["export the run again with this version: ray-ft export RUN"],
-                    )
-                return cls(folder, content)
-        raise ServeError(
-            f"no {MANIFEST} in {run_or_folder!r}, or its export/ or adapter/ folder",
-            ["export the run first: ray-ft export RUN", "name a run directory or an export folder"],
-        )
-
-
 class Appender:
     """Collects a file piece by piece in bounded memory; it appears at `location` when the block ends without error."""
 
@@ -472,69 +303,3 @@ class Appender:
         else:
             fs, path = filesystem(self._partial)
             fs.delete_file(path)
-
-
-#: Folders whose Python code may run in this process: `model_folder` was told so.
-_trusted: set[str] = set()
-
-
-def runs_code(folder: str) -> bool:
-    """Whether code in a model's folder may run in this process; not unless its recipe said so."""
-    return folder in _trusted
-
-
-def split_revision(location: str) -> tuple[str, str | None]:
-    """Of ``org/name@revision``: the hub id and the revision, None where there is none. No hub id has an @."""
-    if is_uri(location) or os.path.isdir(absolute(location)):
-        return location, None
-    name, sign, revision = location.partition("@")
-    return (name, revision) if sign else (location, None)
-
-
-def model_folder(location: str, *, weights: bool = True, code: bool = False) -> str:
-    """A local folder of a model: of a local path, of a URI (downloaded once per machine), or of a hub id.
-
-    Args:
-        location: as the recipe's `model.location` has it; a hub id may be followed by ``@`` and a revision.
-        weights: False fetches only what is small: config, tokenizer and template.
-        code: the folder's own Python code may run in this process, and is fetched.
-
-    Raises:
-        ModelError: there is no such folder, and the hub has no such model or cannot be reached.
-    """
-    folder = _model_folder(location, weights, code)
-    if code:
-        _trusted.add(folder)
-    return folder
-
-
-def _model_folder(location: str, weights: bool, code: bool) -> str:
-    if is_uri(location):
-        try:
-            return local_copy(location, leave_out=() if weights else WEIGHTS)
-        except (OSError, pa.ArrowException) as error:
-            raise ModelError(
-                f"model.path {location!r} cannot be copied here: {error}",
-                ["check the URI, the credentials in the environment of every node, and the free space"],
-            ) from error
-    local = absolute(location)
-    if os.path.isdir(local):
-        return local
-    ways_out = ["give a local folder, a URI, or a hub id such as google/gemma-3-27b-it"]
-    name, revision = split_revision(location)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ModelError(f"model.path {location!r} is no folder", ways_out)
-    credentials.load()
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.jinja", "*.model", "*.txt"]
-    patterns += (["*.safetensors"] if weights else []) + (["*.py"] if code else [])
-    try:
-        return huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"model.path {location!r} is no local folder, and the hub does not give it: {str(error).splitlines()[0]}",
-            [*ways_out, "for a gated model accept its terms on the hub and set HF_TOKEN on every node"]
-            + ([f"check that the hub has model.revision {revision}"] if revision else []),
-        ) from error

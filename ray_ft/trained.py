@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ray_ft import paths, recipe
+from ray_ft import artifacts, paths, recipe
 from ray_ft.data.prepare import Prepared, Split
 from ray_ft.data.prepare import load as load_prepared
 from ray_ft.errors import CheckpointError
@@ -29,7 +29,7 @@ class Trained:
     """Where a run stands: its directory (which may have been moved since), its recipe, its newest valid checkpoint, and
     the local folder of its base model."""
 
-    run: paths.RunDir
+    run: artifacts.RunDir
     recipe: recipe.Recipe
     found: checkpoint.Found
     base: str
@@ -41,7 +41,7 @@ class Trained:
         Raises:
             CheckpointError: there is no such run, or it has no committed checkpoint yet.
         """
-        directory = paths.RunDir(paths.absolute(paths.run_of(run)))
+        directory = artifacts.RunDir(paths.absolute(artifacts.run_of(run)))
         if not paths.exists(directory.recipe):
             raise CheckpointError(
                 f"{run!r} is no run directory: it has no recipe.yaml",

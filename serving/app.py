@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ray_ft import paths
+from ray_ft import hub, paths
 from ray_ft.errors import ServeError
 from serving import engine, models
 from serving.models import Model
@@ -209,7 +209,7 @@ def routes(found: Sequence[Model], plans: Mapping[str, engine.Plan]) -> list[dic
 
 
 def has_chat_template(model: Model) -> bool:
-    folder = paths.model_folder(model.folder, weights=False)
+    folder = hub.model_folder(model.folder, weights=False)
     if paths.exists(paths.join(folder, "chat_template.jinja")):
         return True
     tokenizer = paths.join(folder, "tokenizer_config.json")

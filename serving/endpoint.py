@@ -29,6 +29,7 @@ from serving.gateway.keys import Keys
 from serving.gateway.routes import NoPlace, Place, Route
 from serving.gateway.settings import Settings
 from serving.loopback import listen_on_loopback
+from serving.places import Held, Places
 
 STOP_SECONDS = 3
 
@@ -40,6 +41,7 @@ class ServeBackend:
         self.name = name
         self._handle = handle.options(method_name="hold", stream=True)
         self._sleeps = sleeps
+        self._places = Places(self._ask)
 
     def awake(self) -> bool:
         """Whether the gateway may ask it unasked: an engine that gives its place back when idle never would."""
@@ -52,24 +54,31 @@ class ServeBackend:
         Raises:
             NoPlace: there is no such engine any more, or replicas died one after the other.
         """
+        held = await self._places.take()
+        try:
+            yield held.place
+        except BaseException:
+            self._places.give_up(held)
+            raise
+        self._places.give_back(held)
+
+    async def _ask(self) -> Held:
         for last in (False, False, True):
-            held = self._handle.remote()
+            call = self._handle.remote()
             try:
-                try:
-                    found = await anext(held)
-                except RayActorError as error:
-                    # A replica that has just died, of which Serve learns by this very call. Nothing was asked yet.
-                    if last:
-                        raise NoPlace(f"{self.name}: {type(error).__name__}") from error
-                    continue
-                except (RayError, RayServeException, StopAsyncIteration) as error:
+                found = await anext(call)
+            except RayActorError as error:
+                # A replica that has just died, of which Serve learns by this very call. Nothing was asked yet.
+                if last:
                     raise NoPlace(f"{self.name}: {type(error).__name__}") from error
-                yield Place(found["url"], found["headers"])
+            except (RayError, RayServeException, StopAsyncIteration) as error:
+                raise NoPlace(f"{self.name}: {type(error).__name__}") from error
             except BaseException:
-                # A place whose request was answered ends by itself; any other would last until it is seen as unused.
-                held.cancel()
+                call.cancel()
                 raise
-            return
+            else:
+                return Held(Place(found["url"], found["headers"]), call)
+        raise AssertionError("the last attempt returns or raises")
 
 
 @serve.ingress()

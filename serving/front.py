@@ -2,7 +2,8 @@
 
 Ray Serve still decides which replica takes a request, and counts it: the gateway holds a place (`Front.hold`, a
 streaming call that lasts as long as the request), and with it gets a ticket that is good for one HTTP request to this
-server. Queueing, autoscaling, draining and limits are Serve's as for any call; only the bytes take the short way.
+server at a time. Queueing, autoscaling, draining and limits are Serve's as for any call; only the bytes take the short
+way. A place lasts a moment longer than its request, for the next one (`serving.places`).
 
 Limits: HTTP in clear between gateway and replica; whoever reads the cluster's own network reads prompts (the same is
 true of Ray's traffic unless its TLS is on).
@@ -24,8 +25,10 @@ from ray_ft.hosts import bracketed
 from serving import address
 
 TICKET = "x-ray-ft-ticket"
+ENDED = (b"x-ray-ft-place", b"ended")  # tells a refusal from one by the engine
 ANSWERED = ("/v1/chat/completions", "/v1/completions", "/v1/classify")
 UNUSED_SECONDS = 30.0  # a gateway that was given a place asks at once; one that died never does
+KEPT_SECONDS = 0.5  # for which the place of an answered request waits for another one
 STOP_SECONDS = 5
 
 Scope = MutableMapping[str, Any]
@@ -68,16 +71,15 @@ class Front:
         return self._task is not None and not self._task.done()
 
     async def hold(self) -> AsyncIterator[dict[str, Any]]:
-        """Yield where to send one request and what to send along, then last until it has been answered."""
+        """Yield where to send a request and what to send along, then last until no other follows its answer."""
         name = secrets.token_urlsafe(24)
         ticket = self._tickets[name] = _Ticket()
         try:
             yield {"url": self._url, "headers": {TICKET: name}}
-            try:
-                await asyncio.wait_for(ticket.used.wait(), UNUSED_SECONDS)
-            except TimeoutError:
-                return
-            await ticket.done.wait()
+            patience = UNUSED_SECONDS
+            while await _within(patience, ticket.used):
+                await ticket.done.wait()
+                patience = KEPT_SECONDS
         finally:
             self._tickets.pop(name, None)
 
@@ -96,24 +98,46 @@ class Front:
             await _refuse(scope, send)
             return
         ticket.used.set()
+        ticket.done.clear()
         if not self._busy:
             self.moved()
         self._busy += 1
 
+        answered = False
+
+        def free() -> None:
+            nonlocal answered
+            if not answered:
+                answered = True
+                ticket.used.clear()
+                ticket.done.set()
+
         async def moving(message: MutableMapping[str, Any]) -> None:
             self.moved()
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                free()  # not when the application returns, which it may after more work: the next request comes before
             await send(message)
 
         try:
             await self._app(scope, receive, moving)
         finally:
             self._busy -= 1
-            ticket.done.set()
+            free()
+
+
+async def _within(seconds: float, event: asyncio.Event) -> bool:
+    """Whether the event is set in time."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return event.is_set()  # in the same turn of the loop
+    return True
 
 
 async def _refuse(scope: Scope, send: Any) -> None:
     if scope["type"] == "http":
-        await send({"type": "http.response.start", "status": 404, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.start", "status": 404, "headers": [ENDED, (b"content-length", b"0")]})
         await send({"type": "http.response.body"})
 
 

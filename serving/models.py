@@ -20,9 +20,9 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from ray_ft import paths
+from ray_ft import artifacts, hub, paths
+from ray_ft.artifacts import Manifest
 from ray_ft.errors import ServeError
-from ray_ft.paths import Manifest
 
 #: Files up to this size, in bytes, are hashed before anything starts; weights where they are loaded, beside loading.
 SMALL = 64 << 20
@@ -108,7 +108,7 @@ def load(runs: Sequence[str], *, base: bool = False, **replaced: Any) -> list[Mo
         )
     models: list[Model] = []
     shared: dict[str, list[tuple[Served, dict[str, Any], str]]] = {}
-    for run in map(paths.run_of, runs):
+    for run in map(artifacts.run_of, runs):
         manifest = Manifest.load(run)
         check(manifest)
         serve = {**manifest.serve, **replaced}
@@ -121,7 +121,7 @@ def load(runs: Sequence[str], *, base: bool = False, **replaced: Any) -> list[Mo
             Model(served.name, manifest.folder, manifest.model, hf_config, serve, served, examples=_examples(run))
         )
     for location, group in shared.items():
-        folder = paths.model_folder(location, weights=False)
+        folder = hub.model_folder(location, weights=False)
         examples = tuple(example for _, _, run in group for example in _examples(run))
         models.append(
             Model(
@@ -162,7 +162,7 @@ def _bases(models: Sequence[Model]) -> Iterator[Model]:
         if location in held:
             continue
         held.add(location)
-        folder = paths.model_folder(location, weights=False)
+        folder = hub.model_folder(location, weights=False)
         yield dataclasses.replace(
             model, name=base_name(location), folder=location, own=None, base=True, examples=(),
             hf_config=paths.read_json(paths.join(folder, "config.json")),
@@ -170,7 +170,7 @@ def _bases(models: Sequence[Model]) -> Iterator[Model]:
 
 
 def base_name(location: str) -> str:
-    return check_name(paths.base_name(paths.split_revision(location.rstrip("/"))[0]))
+    return check_name(paths.base_name(hub.split_revision(location.rstrip("/"))[0]))
 
 
 def default_name(run: str) -> str:
@@ -239,7 +239,7 @@ def local(location: str, files: dict[str, Any]) -> str:
     if not paths.is_uri(location) and (paths.absolute(location) == location or os.path.isdir(location)):
         folder = location
     else:
-        folder = paths.model_folder(location)
+        folder = hub.model_folder(location)
     if not os.path.isdir(folder):
         raise ServeError(
             f"model folder {folder!r} is not there on node {socket.gethostname()!r}, where the replica runs",
@@ -268,5 +268,5 @@ def sha256(path: str, fs: pafs.FileSystem | None = None) -> str:
 
 def _examples(run: str) -> tuple[Mapping[str, Any], ...]:
     """Held-out prompts that `ray-ft evaluate` left in a run's directory; none where an export stands alone."""
-    location = paths.RunDir(paths.absolute(run)).examples
+    location = artifacts.RunDir(paths.absolute(run)).examples
     return tuple(paths.read_json(location)["examples"]) if paths.exists(location) else ()

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks.scale.growth import Series, measured, timed
 from ray_ft import recipe, report
-from ray_ft.paths import RunDir
+from ray_ft.artifacts import RunDir
 from ray_ft.train.metrics import MetricsLog, read_metrics
 from ray_ft.view import View
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ray_ft import paths
+from ray_ft import hub, paths
 from ray_ft.answers.prompt import Encoder
 from ray_ft.answers.target import ADAPTER_CONFIG, WAYS, Target
+from ray_ft.artifacts import MANIFEST, Manifest, RunDir
 from ray_ft.data.render import load_tokenizer
 from ray_ft.errors import CheckpointError, ModelError, RayFtError, ServeError, first_line
-from ray_ft.paths import MANIFEST, Manifest, RunDir
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -192,7 +192,7 @@ def _base_of(local: str, manifest: Manifest | None) -> str:
 def local_folder(location: str) -> str:
     """A local folder of a path, URI or hub id; an error that names the ways to say what is to answer."""
     try:
-        return paths.model_folder(location)
+        return hub.model_folder(location)
     except ModelError as error:
         ways = [f"name {way}" for way in WAYS]
         raise ModelError(error.what.replace("model.path", "the model", 1), [*error.ways_out, *ways]) from error

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
-from ray_ft import paths
+from ray_ft import artifacts, paths
 from ray_ft.errors import ModelError, RayFtError, ServeError, StorageError
 
 EngineName = Literal["auto", "vllm", "transformers"]
@@ -71,7 +71,7 @@ class Target:
         except (OSError, ValueError, StorageError) as error:
             raise _nothing(text, f"it cannot be listed: {str(error).splitlines()[0]}") from error
         if "recipe.yaml" in names:
-            return cls("run", paths.run_of(location))
+            return cls("run", artifacts.run_of(location))
         if names & {CONFIG, ADAPTER_CONFIG}:
             return cls("folder", location)
         raise _nothing(text, f"it holds neither recipe.yaml nor {CONFIG}" if names else "it is empty or not there")

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_ft import paths
+from ray_ft import artifacts, paths
 from ray_ft.data.order import PADDING, Order
 from ray_ft.data.stream import Batch
 from ray_ft.errors import TrainingError
@@ -73,7 +73,7 @@ def merge(parts: Sequence[bytes]) -> bytes:
     return b"".join(merged)
 
 
-def read(run: paths.RunDir) -> dict[int, list[list[str]]]:
+def read(run: artifacts.RunDir) -> dict[int, list[list[str]]]:
     """Step → the samples in each of its rows, of all checkpoints of a run.
 
     Where a step is in two files, because the work after a checkpoint was done again, both have to say the same.

@@ -13,46 +13,36 @@ index and the rejects are kept, and chunks are rendered again when their rows ar
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from ray_ft import paths
 from ray_ft.data import duplicates, sources
 from ray_ft.data import identity as identities
 from ray_ft.data import tokenizer as tokenizers
+from ray_ft.data import work as works
 from ray_ft.data.checks import WAYS_BACK, all_files, check, check_before, check_stamp, check_unchanged
-from ray_ft.data.counts import TOO_LONG, Counts
+from ray_ft.data.counts import Counts
 from ray_ft.data.files import File
-from ray_ft.data.images import ImageReader
-from ray_ft.data.lines import Reject
-from ray_ft.data.pack import REAL, TRAINED, pack
-from ray_ft.data.prepared import Origin, Prepared, Split, Unit, shard_name, vision_of
-from ray_ft.data.render import Renderer, Tokens, load_tokenizer
-from ray_ft.data.rows import columns_used, to_sample
+from ray_ft.data.prepared import Origin, Prepared, Split, Unit, shard_name
+from ray_ft.data.render import load_tokenizer
 from ray_ft.data.shard import Segment, ShardWriter
 from ray_ft.data.sources import Chunk
 from ray_ft.data.vision import load_vision
+from ray_ft.data.work import Seen, Work, elsewhere, tokenizer_identity
 from ray_ft.errors import DataError, ModelError
-from ray_ft.recipe import AnySource, Images, LabelsSource, Recipe
+from ray_ft.recipe import AnySource, Recipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 __all__ = ["FORMAT", "Prepared", "Split", "check", "load", "prepare"]
 
 FORMAT = 2  # part of the key: raise it when the same input would give other rows, or the index another form
-SEGMENT_TOKENS = 2 << 20  # tokens packed together; one Parquet row group, 10 MB in memory
-SEGMENT_IMAGE_BYTES = 64 << 20  # images of rows packed together, at which a segment ends as well
 TASKS = 256  # chunks up to this number have a task each; a task costs some 10 ms, whatever little is in it
-ENCODE_BATCH = 512  # samples per call of the tokenizer
-ENCODE_IMAGES = 32  # the same, in a run with images, whose files are held meanwhile
 
 #: Applies a function to every item, anywhere, and yields the results in the order of the items.
 Spread = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
@@ -91,7 +81,7 @@ def prepare(
             "packing": recipe.data.packing,
             "long_rows": recipe.data.long_rows,
         },
-        "cut": {"chunk_bytes": sources.CHUNK_BYTES, "segment_tokens": SEGMENT_TOKENS},
+        "cut": {"chunk_bytes": sources.CHUNK_BYTES, "segment_tokens": works.SEGMENT_TOKENS},
         **({"labels": recipe.model.labels} if recipe.model.labels else {}),
     }
     if recipe.data.images:
@@ -104,7 +94,7 @@ def prepare(
     if prepared is None or (cached and prepared.render is not None):
         check_before(wanted, files, has_template=bool(tokenizer["template"][0]))
         chunks = [chunk for number, file in files for chunk in sources.chunks_of(file, number)]
-        _run(_Work.of(recipe, split, location, model_folder, identity), chunks, cached, identity, spread, on_progress)
+        _run(Work.of(recipe, split, location, model_folder, identity), chunks, cached, identity, spread, on_progress)
         prepared = load(location, recipe, split, model_folder)
         assert prepared is not None
     memo.keep()
@@ -135,17 +125,12 @@ def load(location: str, recipe: Recipe, split: Split, model_folder: str, reused:
     if not content["cached"]:
         files = _files_of(identity, all_files(getattr(recipe.data, split)))
         chunks = [Chunk(files[at][0], files[at][1], start, stop) for at, start, stop, *_ in content["chunks"]]
-        render = _Again(_Work.of(recipe, split, location, model_folder, identity), tuple(chunks))
+        render = _Again(Work.of(recipe, split, location, model_folder, identity), tuple(chunks))
     counts = Counts.from_json(content["counts"])
-    processor = _elsewhere(recipe, model_folder) if "images" in identity else None
+    processor = elsewhere(recipe, model_folder) if "images" in identity else None
     return Prepared(
         location, content["seq_len"], counts, tuple(units), tuple(origins), reused, render, processor=processor
     )
-
-
-def _elsewhere(recipe: Recipe, model_folder: str) -> str:
-    """What other nodes resolve the model by: a hub id or a URI is not where this node has put it."""
-    return model_folder if os.path.isdir(recipe.model.path) else recipe.model.location
 
 
 def _files_of(identity: dict[str, Any], found: Sequence[tuple[int, File]]) -> list[tuple[int, File]]:
@@ -163,158 +148,18 @@ def _files_of(identity: dict[str, Any], found: Sequence[tuple[int, File]]) -> li
     return files
 
 
-# ------------------------------------------------------------------------------------------------------- the work
-
-
-@lru_cache(maxsize=4)
-def _tokenizer_of(model: str, code: bool) -> PreTrainedTokenizerBase:
-    """Resolved once per process, not per chunk: a hub id asks the hub, a URI lists the storage."""
-    return load_tokenizer(paths.model_folder(model, weights=False, code=code))
-
-
-@dataclass
-class _Seen:
-    """What became of a chunk's rows; `lines` counts the lines passed."""
-
-    counts: Counts = field(default_factory=Counts)
-    rejects: list[dict[str, Any]] = field(default_factory=list)
-    hashes: list[bytes] = field(default_factory=list)
-    lines: int = 0
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What one chunk's work needs to know; travels to the task that does it."""
-
-    location: str
-    model_folder: str
-    sources: tuple[AnySource, ...]
-    seq_len: int
-    packing: bool
-    long_rows: str
-    segment_tokens: int
-    tokenizer: dict[str, Any]
-    """What `tokenizer.identity` said."""
-    code: bool
-    """Whether code in the model's folder may run, as the recipe's model.trust_remote_code says."""
-    labels: tuple[str, ...] = ()
-    """The recipe's model.labels."""
-    images: Images | None = None
-    """The recipe's data.images."""
-
-    @classmethod
-    def of(cls, recipe: Recipe, split: Split, location: str, model_folder: str, identity: dict[str, Any]) -> _Work:
-        model = _elsewhere(recipe, model_folder)
-        tokenizer = {name: identity[name] for name in ("tokenizer", "template")}
-        wanted, segment_tokens = tuple(getattr(recipe.data, split)), identity["cut"]["segment_tokens"]
-        return cls(
-            location, model, wanted, **identity["layout"], segment_tokens=segment_tokens, tokenizer=tokenizer,
-            code=recipe.model.trust_remote_code, labels=tuple(recipe.model.labels), images=recipe.data.images,
-        )  # fmt: skip
-
-    def segments(self, chunk: Chunk, seen: _Seen, first: int = 1) -> Iterator[Segment]:
-        """The packed rows of a chunk, segment by segment; what became of its rows is added to `seen`.
-
-        Args:
-            first: line of the chunk to begin at: that of an earlier call's segment, which then comes first.
-        """
-        tokenizer = _tokenizer_of(self.model_folder, self.code)
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        counts, labelled = seen.counts, isinstance(self.sources[chunk.source], LabelsSource)
-        pending: list[Tokens] = []
-        lines: list[int] = []
-        size = image_bytes = 0
-
-        def packed() -> Segment:
-            rows, members = pack(
-                pending, self.seq_len, packing=self.packing, pad_id=pad_id, images=self.images is not None
-            )
-            counts.tokens += int(np.count_nonzero(rows.flags & REAL))
-            counts.trained_tokens += int(np.count_nonzero(rows.flags & TRAINED))
-            counts.packed += len(rows)
-            segment = Segment(rows, [[lines[i] for i in row] for row in members], first)
-            pending.clear()
-            lines.clear()
-            return segment
-
-        vision = vision_of(self.model_folder) if self.images else None
-        for line, result in self._samples(chunk, Renderer(tokenizer, self.seq_len, vision), first):
-            seen.lines = line
-            if result is None:
-                continue
-            counts.rows += 1
-            if isinstance(result, Tokens):
-                counts.lengths[1 << max(len(result) - 1, 0).bit_length()] += 1
-                result, cut = self._fit(result)
-                counts.truncated += cut
-            if isinstance(result, Reject):
-                counts.rejected[result.reason] += 1
-                seen.rejects.append({"file": chunk.file.name, "line": line, **asdict(result)})
-                continue
-            counts.used += 1
-            if labelled:
-                counts.labels[f"{chunk.source}/{result.ids[-1]}"] += 1
-            seen.hashes.append(duplicates.row_hash(result))
-            pending.append(result)
-            lines.append(line)
-            size += len(result)
-            image_bytes += sum(map(len, result.images))
-            if size >= self.segment_tokens or image_bytes >= SEGMENT_IMAGE_BYTES:
-                yield packed()
-                size, image_bytes, first = 0, 0, line + 1
-        if pending:
-            yield packed()
-
-    def _samples(self, chunk: Chunk, renderer: Renderer, first: int) -> Iterator[tuple[int, Tokens | Reject | None]]:
-        """(line, tokens or why there are none) for every row from line `first` on, in order; None for a blank line."""
-        source = self.sources[chunk.source]
-        images = ImageReader.of(chunk.file, self.images)
-        waiting: list[tuple[int, Any]] = []
-
-        def encoded() -> Iterator[tuple[int, Tokens | Reject | None]]:
-            tokens = iter(renderer.encode([s for _, s in waiting if s is not None and not isinstance(s, Reject)]))
-            for line, sample in waiting:
-                yield line, sample if sample is None or isinstance(sample, Reject) else next(tokens)
-            waiting.clear()
-
-        for row in sources.read_rows(chunk, columns_used(source)):
-            if row.line < first:
-                continue
-            content: Any = row.content
-            if isinstance(content, dict):
-                content = to_sample(source, content, renderer.special, labels=self.labels, images=images)
-            waiting.append((row.line, content))
-            if len(waiting) == (ENCODE_IMAGES if images else ENCODE_BATCH):
-                yield from encoded()
-        yield from encoded()
-
-    def _fit(self, tokens: Tokens) -> tuple[Tokens | Reject, bool]:
-        """The sample if it fits, cut or rejected as the recipe says; and whether it was cut. A pair is never cut."""
-        cut = len(tokens) > self.seq_len
-        if cut and (self.long_rows == "drop" or tokens.images):  # a part of an image is none
-            more = "" if tokens.whole else "more than "
-            return Reject(TOO_LONG, f"{more}{len(tokens)} tokens, data.seq_len is {self.seq_len}"), False
-        if cut:
-            tokens = tokens.cut(self.seq_len)
-        documents = np.split(tokens.trained, [tokens.rejected_at] if tokens.rejected_at else [])
-        if not all(document.any() for document in documents):
-            detail = f"the answer begins after token {self.seq_len}" if cut else "no token of it is a target"
-            return Reject("nothing to train on", detail), False
-        return tokens, cut
-
-
 @dataclass(frozen=True)
 class _Prepare:
     """Prepares chunks: writes the shard of each, where tokens are kept, and returns what was counted of each."""
 
-    work: _Work
+    work: Work
     cached: bool
 
     def __call__(self, items: Sequence[tuple[int, Chunk]]) -> list[dict[str, Any]]:
         return [self._one(number, chunk) for number, chunk in items]
 
     def _one(self, number: int, chunk: Chunk) -> dict[str, Any]:
-        seen, groups = _Seen(), []
+        seen, groups = Seen(), []
         with ExitStack() as stack:
             writer = None
             if self.cached:
@@ -334,7 +179,7 @@ class _Prepare:
 class _Again:
     """Renders chunks again whose tokens are not stored."""
 
-    work: _Work
+    work: Work
     chunks: tuple[Chunk, ...]
 
     def read(self, number: int, units: Sequence[Unit]) -> Iterator[Segment]:
@@ -348,7 +193,7 @@ class _Again:
         """
         chunk = self.chunks[number]
         check_stamp(chunk.file)
-        if _tokenizer_identity(self.work.model_folder, self.work.code) != self.work.tokenizer:
+        if tokenizer_identity(self.work.model_folder, self.work.code) != self.work.tokenizer:
             raise ModelError(
                 f"the tokenizer or chat template in {self.work.model_folder!r} is not the one that the data was "
                 "prepared with",
@@ -358,7 +203,7 @@ class _Again:
         segments: Iterator[Segment] = iter(())
         for unit in units:
             if unit.group != at:  # not the next one of those that are being made
-                segments = self.work.segments(chunk, _Seen(), unit.first)
+                segments = self.work.segments(chunk, Seen(), unit.first)
             segment = next(segments, None)
             if segment is None or len(segment.rows) != unit.rows:
                 raise DataError(
@@ -368,11 +213,6 @@ class _Again:
                 )
             yield segment
             at = unit.group + 1
-
-
-@lru_cache(maxsize=4)
-def _tokenizer_identity(model: str, code: bool) -> dict[str, Any]:
-    return tokenizers.identity(_tokenizer_of(model, code))
 
 
 def _grouped(chunks: Sequence[Chunk]) -> list[list[tuple[int, Chunk]]]:
@@ -392,7 +232,7 @@ def _grouped(chunks: Sequence[Chunk]) -> list[list[tuple[int, Chunk]]]:
 
 
 def _run(
-    work: _Work,
+    work: Work,
     chunks: list[Chunk],
     cached: bool,
     identity: dict[str, Any],

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from ray_ft import paths
+from ray_ft import hub, paths
 from ray_ft.data import shard
 from ray_ft.data.counts import TOO_LONG, Counts
 from ray_ft.data.pack import Rows, objects
@@ -67,7 +67,7 @@ def vision_of(model: str) -> Vision:
     Raises:
         ModelError: as of `vision.load_vision`.
     """
-    folder = paths.model_folder(model, weights=False)
+    folder = hub.model_folder(model, weights=False)
     return load_vision(folder, load_tokenizer(folder))
 
 

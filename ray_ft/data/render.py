@@ -21,15 +21,16 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ray_ft import paths
+from ray_ft import hub
 from ray_ft.data import thinking
 from ray_ft.data.lines import Reject
 from ray_ft.data.rows import Asked, Conversation, Joined, Labelled, Pair, Sample, preferred
+from ray_ft.data.surfaces import Held, surfaces_of
 from ray_ft.data.vision import Vision
 from ray_ft.errors import ModelError
 from ray_ft.lean import without_unused
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 
 ENCODE_CHARACTERS = 4 << 20  # of text tokenized at once: its tokens take 200 to 350 bytes of memory per character
+MANY = 64  # texts for which the bytes of a whole vocabulary are looked up, which takes up to half a second
 VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "tekken.json", "vocab.*")  # one of them is in any tokenizer
 
 
@@ -89,6 +91,7 @@ class Renderer:
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id
         self.special = special_tokens(tokenizer)
+        self._counting = False  # whether this data's texts mostly need offsets
 
     def prompt_text(self, sample: Asked) -> str:
         """What the model is given when it is to answer the sample: exactly the text before the trained answer."""
@@ -150,7 +153,10 @@ class Renderer:
         tokenizer = self.tokenizer.backend_tokenizer
         begun = [text[: self.characters] for text in texts[part]]
         added = isinstance(samples[part][0], Labelled)
-        encodings = tokenizer.encode_batch(begun, add_special_tokens=added)
+        surfaces = surfaces_of(self.tokenizer) if len(begun) >= MANY and not (added or self._counting) else None
+        encode = tokenizer.encode_batch_fast if surfaces else tokenizer.encode_batch
+        encodings = encode(begun, add_special_tokens=added)
+        unplaced = 0
         for encoding, text, answers, sample in zip(encodings, texts[part], spans[part], samples[part], strict=True):
             end = self.characters or len(text)
             while end < len(text) and len(encoding) < (self.tokens or 0):  # some tokenizers leave out white space
@@ -159,9 +165,15 @@ class Renderer:
             whole = end >= len(text)
             if isinstance(sample, Labelled):
                 yield self._labelled(encoding, sample.label, whole)
-            else:
-                tokens = self._tokens(encoding, answers, sample)
-                yield tokens if whole else replace(tokens, whole=False)
+                continue
+            ids = np.asarray(encoding.ids, dtype=np.int32)
+            placed = surfaces.place(ids, text[:end]) if surfaces else None
+            if placed is None and surfaces:
+                unplaced += 1
+                encoding = tokenizer.encode(text[:end], add_special_tokens=added)  # with offsets
+            tokens = self._tokens(ids, placed.held if placed else partial(_held, encoding), answers, sample)
+            yield tokens if whole else replace(tokens, whole=False)
+        self._counting = self._counting or 2 * unplaced > len(encodings)
 
     def _with_spans(self, sample: Asked | Labelled) -> tuple[str, list[tuple[int, int]]]:
         if isinstance(sample, Labelled):
@@ -198,11 +210,10 @@ class Renderer:
         ids = np.append(np.asarray(encoding.ids, dtype=np.int32), np.int32(label))
         return Tokens(ids, np.arange(len(ids)) == len(ids) - 1, whole=whole, kept=len(ids) - int(own[-1]) - 1)
 
-    def _tokens(self, encoding: Any, spans: list[tuple[int, int]], sample: Asked) -> Tokens:
-        ids = np.asarray(encoding.ids, dtype=np.int32)
+    def _tokens(self, ids: np.ndarray, held: Held, spans: list[tuple[int, int]], sample: Asked) -> Tokens:
         trained = np.zeros(len(ids), dtype=bool)
         for start, end in spans:
-            trained[_held(encoding, start, end)] = True
+            trained[held(start, end)] = True
         if isinstance(sample, Joined):
             if self.bos is not None and (not len(ids) or ids[0] != self.bos):
                 ids, trained = np.insert(ids, 0, self.bos), np.insert(trained, 0, False)
@@ -324,7 +335,7 @@ def _loaded(folder: str, stamps: tuple[tuple[str, int, int], ...]) -> PreTrained
         if not any(glob.glob(os.path.join(glob.escape(folder), name)) for name in VOCABULARIES):
             raise OSError(f"it holds none of {', '.join(VOCABULARIES)}")
         # Said, as transformers would else ask on the terminal whether a folder's own code may run.
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=paths.runs_code(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=hub.runs_code(folder))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"model.path {folder!r} has no usable tokenizer: {str(error).splitlines()[0]}",

@@ -17,7 +17,7 @@ import os
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from ray_ft import paths
+from ray_ft import hub, paths
 from ray_ft.data.render import VOCABULARIES
 from ray_ft.errors import StorageError
 
@@ -73,7 +73,7 @@ class Memo:
         return None
 
     def _locate(self) -> str | None:
-        if paths.runs_code(self._folder):
+        if hub.runs_code(self._folder):
             return None
         versions = [f"{package} {version(package)}" for package in ("transformers", "tokenizers")]
         digest = hashlib.sha256("\n".join([str(FORMAT), *versions, ""]).encode())

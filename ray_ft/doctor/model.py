@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ray_ft import paths
+from ray_ft import hub
 from ray_ft.doctor.finding import Finding, Severity, names
 from ray_ft.errors import RayFtError
 
@@ -27,7 +27,7 @@ def look(path: str) -> dict[str, Any]:
         (whether they are here: those of a hub id or URI are downloaded when training starts).
     """
     try:
-        folder = Path(paths.model_folder(path, weights=False))
+        folder = Path(hub.model_folder(path, weights=False))
     except RayFtError as error:
         return {"error": error.what, "ways_out": list(error.ways_out)}
     files = {}
@@ -122,4 +122,4 @@ def _differing(path: str, nodes: Mapping[str, Mapping[str, Any]]) -> list[Findin
 
 
 def _is_weights(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in paths.WEIGHTS)
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in hub.WEIGHTS)

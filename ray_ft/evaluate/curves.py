@@ -5,13 +5,13 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-from ray_ft import paths
+from ray_ft import artifacts, paths
 
 
 class Curves:
     """Beside the training's; on object stores uploaded each time."""
 
-    def __init__(self, run: paths.RunDir) -> None:
+    def __init__(self, run: artifacts.RunDir) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._location = paths.join(run.tensorboard, "validation")

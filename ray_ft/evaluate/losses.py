@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ray_ft import paths
+from ray_ft import hub
 from ray_ft.answers import explained
 from ray_ft.data.order import Order
 from ray_ft.data.prepared import Prepared
@@ -163,4 +163,4 @@ def whole_model(weights: Trained | str, recipe: Recipe, device: torch.device) ->
     if isinstance(weights, Trained):  # its base, too, may lie elsewhere on this node
         return replace(weights, base=weights.recipe.model.folder()).model(device, dtype)
     images = recipe.data.images is not None
-    return whole(paths.model_folder(weights), device, dtype, recipe.model.labels, images=images)
+    return whole(hub.model_folder(weights), device, dtype, recipe.model.labels, images=images)

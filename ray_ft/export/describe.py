@@ -8,18 +8,18 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ray_ft import __version__, paths
+from ray_ft import __version__, hub, paths
+from ray_ft.artifacts import MANIFEST_FORMAT
 from ray_ft.export.case import Case
 from ray_ft.export.checks.text import stop_ids_of
 from ray_ft.export.gate import summary
-from ray_ft.paths import MANIFEST_FORMAT
 from ray_ft.train.metrics import read_metrics
 from ray_ft.trained import Trained
 
 
 def describe(case: Case) -> dict[str, Any]:
-    """The manifest without checks, proof and files; see `paths.Manifest`. Of an adapter, ``model`` is its base, with
-    the adapter's rank."""
+    """The manifest without checks, proof and files; see `artifacts.Manifest`. Of an adapter, ``model`` is its base,
+    with the adapter's rank."""
     trained, config = case.trained, case.config
     recipe = trained.recipe
     weights = case.folder if case.kind == "model" else trained.base
@@ -76,7 +76,7 @@ def checksums(folder: str) -> dict[str, dict[str, Any]]:
 
 def write_card(case: Case, facts: dict[str, Any], checks: dict[str, dict[str, Any]]) -> None:
     recipe = case.trained.recipe
-    base, revision = paths.split_revision(facts["base"])
+    base, revision = hub.split_revision(facts["base"])
     base = base if not os.path.isabs(base) else Path(base).name
     named = f"`{base}`, revision `{revision}`" if revision else f"`{base}`"
     metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in facts["metrics"].items())

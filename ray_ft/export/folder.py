@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ray_ft import paths
+from ray_ft.artifacts import MANIFEST, Manifest
 from ray_ft.errors import ExportError, first_line
 from ray_ft.export import gate, lora, pushing, weights
 from ray_ft.export.case import Case, config_of
@@ -23,7 +24,6 @@ from ray_ft.export.checks.text import stop_ids_of
 from ray_ft.export.describe import checksums, describe, write_card
 from ray_ft.export.vllm_process import Vllm, obstacle
 from ray_ft.model import load
-from ray_ft.paths import MANIFEST, Manifest
 from ray_ft.trained import Trained
 from ray_ft.view import View
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray_ft import answers, paths
+from ray_ft import answers, artifacts
 from ray_ft.answers import Engine, EngineName, Prompt, Sampling, Target
 from ray_ft.errors import DataError
 from ray_ft.generate.inputs import FORMATS, Format, Inputs, Row
@@ -126,7 +126,7 @@ def _of_run(location: str) -> list[Format]:
     from ray_ft import recipe
     from ray_ft.answers.found import refuse_labels
 
-    settings = recipe.load(paths.RunDir(location).recipe)
+    settings = recipe.load(artifacts.RunDir(location).recipe)
     refuse_labels(location, settings.model.labels)
     sources = [*settings.data.eval, *settings.data.train]
     asking = (source for source in sources if not isinstance(source, TextSource | ImageQuestionSource))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ray_ft import paths
+from ray_ft import hub
 from ray_ft.errors import ModelError
 from ray_ft.lean import without_unused
 from ray_ft.model import classify, gemma3n, quantize
@@ -70,7 +70,7 @@ def _read_config(folder: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
     code = _own_code(folder)
-    trusted = paths.runs_code(folder)
+    trusted = hub.runs_code(folder)
     if code and trusted:
         _refuse_foreign_code(folder, code)
     try:

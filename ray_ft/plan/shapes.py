@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ray_ft import paths
+from ray_ft import hub, paths
 from ray_ft.errors import ModelError
 from ray_ft.model import adapt, adapter, classify, gemma3n, load, quantize
 from ray_ft.model.flops import flops_per_token
@@ -117,7 +117,7 @@ def find_config(location: str, file: str | None = None, labels: Sequence[str] = 
     if shipped is not None and not os.path.isdir(location):
         return _parse(shipped, f"the shipped config of {location}")
     try:
-        return load.load_config(paths.model_folder(location, weights=False), labels)
+        return load.load_config(hub.model_folder(location, weights=False), labels)
     except ModelError as error:
         raise ModelError(error.what, [*error.ways_out, "or name its config.json: --config FILE"]) from error
 

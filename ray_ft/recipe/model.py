@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ray_ft import paths
+from ray_ft import hub, paths
 from ray_ft.recipe.section import Section
 
 #: A commit of a hub's repository: the one name of a revision that its owner cannot give to something else.
@@ -106,16 +106,16 @@ class Model(Section):
 
     @property
     def location(self) -> str:
-        """What `paths.model_folder` takes: the path, of a hub id with the revision, as ``org/name@revision``."""
+        """What `hub.model_folder` takes: the path, of a hub id with the revision, as ``org/name@revision``."""
         return f"{self.path}@{self.revision}" if self.revision else self.path
 
     def folder(self, *, weights: bool = True) -> str:
         """A local folder of the model, whose code may run in this process if the recipe trusts it.
 
         Raises:
-            ModelError: as of `paths.model_folder`.
+            ModelError: as of `hub.model_folder`.
         """
-        return paths.model_folder(self.location, weights=weights, code=self.trust_remote_code)
+        return hub.model_folder(self.location, weights=weights, code=self.trust_remote_code)
 
     @model_validator(mode="after")
     def _quantized_needs_adapter(self) -> Model:

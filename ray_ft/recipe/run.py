@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from ray_ft import paths
+from ray_ft import artifacts, paths
 from ray_ft.recipe.section import Section
 
 
@@ -25,5 +25,5 @@ class Run(Section):
         return paths.absolute(storage)
 
     @property
-    def dir(self) -> paths.RunDir:
-        return paths.RunDir(paths.join(self.storage, self.name))
+    def dir(self) -> artifacts.RunDir:
+        return artifacts.RunDir(paths.join(self.storage, self.name))

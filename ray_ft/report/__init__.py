@@ -3,7 +3,7 @@ server."""
 
 from __future__ import annotations
 
-from ray_ft import paths
+from ray_ft import artifacts, paths
 from ray_ft.data.files import public_name
 from ray_ft.view import View
 
@@ -30,7 +30,7 @@ def report(run: str, view: View, to: str | None = None) -> str:
 
     record = Record.read(run)
     location = paths.absolute(to) if to else record.run.report
-    if paths.exists(record.run.at(paths.SWEEP)):
+    if paths.exists(record.run.at(artifacts.SWEEP)):
         read = Swept.read(record)
         words, content = read.words, swept.page(read)
     else:

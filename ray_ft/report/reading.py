@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow.fs as pafs
 import yaml
 
-from ray_ft import paths
+from ray_ft import artifacts, paths
 from ray_ft.data.files import public_name, without_secrets
 from ray_ft.data.order import as_fraction
 from ray_ft.errors import StorageError, first_line
@@ -84,7 +84,7 @@ class Record:
         faults: files that could not be read, and why.
     """
 
-    run: paths.RunDir
+    run: artifacts.RunDir
     uris: list[str]
     recipe: dict[str, Any]
     recipe_text: str
@@ -110,7 +110,7 @@ class Record:
         Raises:
             StorageError: there is no such run, or storage does not answer.
         """
-        where = paths.RunDir(paths.absolute(run))
+        where = artifacts.RunDir(paths.absolute(run))
         try:
             if not paths.exists(where.recipe):
                 raise StorageError(
@@ -188,7 +188,7 @@ class Record:
                 self.validations.append((int(content.get("step", 0)), content))
         self.validations.sort(key=lambda pair: pair[0])
         for folder in (run.export, run.adapter):
-            if manifest := self._json(paths.join(folder, paths.MANIFEST)):
+            if manifest := self._json(paths.join(folder, artifacts.MANIFEST)):
                 self.manifests[paths.base_name(folder)] = manifest
         self.starts = sorted(
             (float(match[1]), first_step(self._head(paths.join(run.tensorboard, name))))

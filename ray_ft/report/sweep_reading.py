@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ray_ft import paths
+from ray_ft import artifacts, paths
 from ray_ft.errors import StorageError
 from ray_ft.recipe.tune import TRIALS
 from ray_ft.report.reading import LEAST_QUIET, Record
@@ -42,7 +42,10 @@ class Swept:
         except StorageError as error:
             raise StorageError(record.clean(error.what), record.clean(error.ways_out)) from None
         sweep.trials = {number: _clean(record, trial) for number, trial in sweep.trials.items()}
-        places = [record.run.at(paths.SWEEP), *(paths.join(root, trial.name, TRIAL) for trial in sweep.trials.values())]
+        places = [
+            record.run.at(artifacts.SWEEP),
+            *(paths.join(root, trial.name, TRIAL) for trial in sweep.trials.values()),
+        ]
         fs, _ = paths.filesystem(root)
         infos = fs.get_file_info([paths.filesystem(place)[1] for place in places])
         times = [info.mtime_ns / 1e9 for info in infos if info.mtime_ns]

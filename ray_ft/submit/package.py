@@ -188,7 +188,7 @@ def _named(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _holds_run(folder: Path) -> bool:
-    """A run's directory, a sweep's, or the prepared rows beside them (see `paths.RunDir`)."""
+    """A run's directory, a sweep's, or the prepared rows beside them (see `artifacts.RunDir`)."""
     has = (folder / "recipe.yaml").exists() and any(
         (folder / name).exists() for name in ("checkpoints", "metrics.jsonl", "data/stats.json")
     )

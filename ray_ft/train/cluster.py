@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ray_ft import paths
+from ray_ft import artifacts, paths
 from ray_ft.data import stream
 from ray_ft.data.order import Order
 from ray_ft.errors import RayFtError, ResourceError, TrainingError
@@ -162,7 +162,7 @@ def compute_dtype(recipe: Recipe, cuda: bool) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-def _as_ours(error: BaseException, run: paths.RunDir) -> BaseException:
+def _as_ours(error: BaseException, run: artifacts.RunDir) -> BaseException:
     """The deliberate error inside whatever Ray wrapped around it, if there is one."""
     from ray_ft.train.survival import WorkerGroupStartupTimeoutError, causes
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ray_ft import paths
+from ray_ft import artifacts, paths
 from ray_ft.data import pack
 from ray_ft.strategy.base import Layout
 
@@ -100,7 +100,7 @@ class MetricsLog:
     the checkpoint, fill gaps. On object stores, which cannot append, both are kept locally and uploaded by `flush`.
     """
 
-    def __init__(self, run: paths.RunDir, start: int, known: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(self, run: artifacts.RunDir, start: int, known: Sequence[dict[str, Any]] = ()) -> None:
         self._run = run
         before = read_metrics(run)
         self._rows: list[dict[str, Any]] = _up_to(start, before, known)
@@ -169,7 +169,7 @@ def _up_to(step: int, rows: Sequence[dict[str, Any]], known: Sequence[dict[str, 
     return [found[at] for at in sorted(found)]
 
 
-def read_metrics(run: paths.RunDir) -> list[dict[str, Any]]:
+def read_metrics(run: artifacts.RunDir) -> list[dict[str, Any]]:
     """All rows of metrics.jsonl; a last line that was cut off by a crash is left out."""
     if not paths.exists(run.metrics):
         return []

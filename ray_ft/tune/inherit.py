@@ -14,19 +14,19 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from ray_ft import paths
+from ray_ft import artifacts, paths
 from ray_ft.retry import patiently
 from ray_ft.train import checkpoint
 
 INTENTION = "inherits.json"
 
 
-def intend(run: paths.RunDir, taken: Mapping[str, Any]) -> None:
+def intend(run: artifacts.RunDir, taken: Mapping[str, Any]) -> None:
     """Write down what a run will take over: `checkpoint`, its location, and what else is to be known then."""
     patiently(lambda: paths.write_json(run.at(INTENTION), taken))
 
 
-def pending(run: paths.RunDir) -> dict[str, Any] | None:
+def pending(run: artifacts.RunDir) -> dict[str, Any] | None:
     """What `intend` wrote, where it is not done yet."""
     location = run.at(INTENTION)
     if not patiently(lambda: paths.exists(location)):
@@ -34,7 +34,7 @@ def pending(run: paths.RunDir) -> dict[str, Any] | None:
     return dict(patiently(lambda: paths.read_json(location)))
 
 
-def inherit(run: paths.RunDir, location: str) -> checkpoint.Found:
+def inherit(run: artifacts.RunDir, location: str) -> checkpoint.Found:
     """Let a run stand where another run's checkpoint stands, as was intended. Returns its own copy.
 
     Args:

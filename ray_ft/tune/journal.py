@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from ray_ft import paths
+from ray_ft import artifacts, paths
 from ray_ft.errors import StorageError, first_line
 from ray_ft.recipe import Recipe
 from ray_ft.retry import patiently
@@ -87,7 +87,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        return paths.trial_name(self.number)
+        return artifacts.trial_name(self.number)
 
     @property
     def over(self) -> bool:
@@ -163,9 +163,9 @@ class Sweep:
         root = paths.absolute(root)
         ways = ["give the folder that `ray-ft tune` made: <run.storage>/<run.name>", "begin one: ray-ft tune RECIPE"]
         try:
-            if not patiently(lambda: paths.exists(paths.join(root, paths.SWEEP))):
-                raise StorageError(f"no sweep at {root!r}: it has no {paths.SWEEP}", ways)
-            content = patiently(lambda: paths.read_json(paths.join(root, paths.SWEEP)))
+            if not patiently(lambda: paths.exists(paths.join(root, artifacts.SWEEP))):
+                raise StorageError(f"no sweep at {root!r}: it has no {artifacts.SWEEP}", ways)
+            content = patiently(lambda: paths.read_json(paths.join(root, artifacts.SWEEP)))
             if content["format"] != FORMAT:
                 raise StorageError(
                     f"the sweep at {root!r} is in format {content['format']!r}, this version reads {FORMAT}",
@@ -188,15 +188,15 @@ class Sweep:
             "seconds": self.seconds,
             "best": None if best is None else best.number,
         }
-        _write(paths.join(self.root, paths.SWEEP), content)
+        _write(paths.join(self.root, artifacts.SWEEP), content)
 
     def save_trial(self, trial: Trial) -> None:
         """Write one trial's trial.json."""
         self.trials[trial.number] = trial
         _write(paths.join(self.run_of(trial).root, TRIAL), asdict(trial))
 
-    def run_of(self, trial: Trial) -> paths.RunDir:
-        return paths.RunDir(paths.join(self.root, trial.name))
+    def run_of(self, trial: Trial) -> artifacts.RunDir:
+        return artifacts.RunDir(paths.join(self.root, trial.name))
 
     def best(self) -> Trial | None:
         """The best of the trials that went to the end; where none did, the best of the others that reported."""

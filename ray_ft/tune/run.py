@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray_ft import doctor, paths, recipe, session
+from ray_ft import artifacts, doctor, paths, recipe, session
 from ray_ft.errors import RecipeError, StorageError, TrainingError
 from ray_ft.placement import capacity
 from ray_ft.recipe import Recipe, Tune
@@ -113,7 +113,7 @@ def _alone(root: str) -> Iterator[None]:
 
 def _check_new(base: Recipe) -> None:
     root = base.run.dir.root
-    if paths.exists(paths.join(root, paths.SWEEP)):
+    if paths.exists(paths.join(root, artifacts.SWEEP)):
         raise StorageError(
             f"there is a sweep at {root} already",
             ["go on with it: --resume", "begin another: run.name=…", f"or delete {root}"],

@@ -23,7 +23,7 @@ from typing import Any
 from ray import tune
 from rich.console import Console
 
-from ray_ft import paths, recipe
+from ray_ft import artifacts, paths, recipe
 from ray_ft.errors import CheckpointError, RayFtError, RecipeError, first_line
 from ray_ft.recipe import Recipe
 from ray_ft.train import checkpoint
@@ -55,9 +55,9 @@ class Context:
     places: Any
 
 
-def run_dir(base: Recipe, number: int) -> paths.RunDir:
+def run_dir(base: Recipe, number: int) -> artifacts.RunDir:
     """The run directory of a trial, below the sweep's."""
-    return paths.RunDir(base.run.dir.at(paths.trial_name(number)))
+    return artifacts.RunDir(base.run.dir.at(artifacts.trial_name(number)))
 
 
 def trial_recipe(base: Recipe, number: int, settings: dict[str, Any]) -> Recipe:
@@ -67,9 +67,9 @@ def trial_recipe(base: Recipe, number: int, settings: dict[str, Any]) -> Recipe:
         RecipeError: the settings do not fit together.
     """
     content = Space(base).apply(settings)
-    content["run"]["name"] = f"{base.run.name}/{paths.trial_name(number)}"
+    content["run"]["name"] = f"{base.run.name}/{artifacts.trial_name(number)}"
     content["evaluate"]["during"] = None  # answers beside the training would take from the other trials
-    return recipe.parse(content, where=f"trial {paths.trial_name(number)}")
+    return recipe.parse(content, where=f"trial {artifacts.trial_name(number)}")
 
 
 def due(base: Recipe, one: Recipe, total: int) -> Recipe:
@@ -151,7 +151,7 @@ def pointer(folder: str) -> dict[str, Any]:
     return json.loads(Path(folder, POINTER).read_text())
 
 
-def saved(run: paths.RunDir, step: int, over: Callable[[], bool]) -> tuple[int, str]:
+def saved(run: artifacts.RunDir, step: int, over: Callable[[], bool]) -> tuple[int, str]:
     """Step and location of the first checkpoint of `step` or later, once it is there: it may be on its way to storage.
 
     Args:

@@ -31,6 +31,8 @@ CONNECT_SECONDS = 5
 IDLE_CLOSE_SECONDS = 0.25
 #: Engines keep idle connections for 600 s (serving/front.py): ours are dropped before.
 KEEP_SECONDS = 60
+#: A 404 with this header comes from the place, not from the engine (serving/front.py).
+PLACE = "x-ray-ft-place"
 RETRY_AFTER = (b"retry-after", b"5")
 LONGEST_MESSAGE = 1000
 _STREAM_HEADERS = (EVENTS, (b"x-accel-buffering", b"no"))  # nginx would hold tokens back
@@ -39,6 +41,10 @@ _CONTENT = {"Content-Type": "application/json"}
 
 class _Unused(Exception):
     """A place whose engine did not take the request: it can be sent to another one."""
+
+
+class _Ended(Exception):
+    """A place that was kept a moment too long: another one is asked for."""
 
 
 class Upstream:
@@ -80,7 +86,8 @@ class Upstream:
         """
         payload = body.write(asked.body)
         metrics = self._metrics.model(route.name)
-        for last in (False, True):
+        failed = 0
+        while True:
             try:
                 async with contextlib.AsyncExitStack() as held:
                     place = await self._place(held, route)
@@ -97,10 +104,13 @@ class Upstream:
                     else:
                         await self._pass_whole(exchange, route, response)
                 return
+            except _Ended:
+                exchange.prompt_tokens, exchange.estimated = 0, False
             except _Unused as error:
                 self.health.pulse(route.backend).suspect = True
                 exchange.prompt_tokens, exchange.estimated = 0, False
-                if last:
+                failed += 1
+                if failed == 2:
                     raise _unreachable() from error
             except (aiohttp.ClientError, OSError) as error:
                 self.health.pulse(route.backend).suspect = True
@@ -151,6 +161,7 @@ class Upstream:
 
         Raises:
             _Unused: the engine did not take the request.
+            _Ended: the engine does not know the place any more.
         """
         assert self._session is not None, "Gateway.start() was not awaited"
         asked = time.monotonic()
@@ -168,6 +179,8 @@ class Upstream:
                 raise _Unused from error
             raise
         held.callback(response.close)
+        if response.status == 404 and PLACE in response.headers:
+            raise _Ended
         return response
 
     async def _pass_whole(self, exchange: Exchange, route: Route, response: aiohttp.ClientResponse) -> None:
@@ -223,12 +236,15 @@ class Upstream:
             path, content["input"] = "/v1/classify", "a"
         else:
             path, content["prompt"], content["max_tokens"] = "/v1/completions", "a", 1
-        async with contextlib.AsyncExitStack() as held:
-            place = await held.enter_async_context(route.backend.place())
-            asked()
-            response = await self._post(held, place, path, json.dumps(content).encode(), "probe")
-            await response.read()
-            response.raise_for_status()
+        while True:
+            with contextlib.suppress(_Ended):
+                async with contextlib.AsyncExitStack() as held:
+                    place = await held.enter_async_context(route.backend.place())
+                    asked()
+                    response = await self._post(held, place, path, json.dumps(content).encode(), "probe")
+                    await response.read()
+                    response.raise_for_status()
+                    return
 
 
 @lru_cache(256)

@@ -23,9 +23,9 @@ import torch
 from growing import Growing
 
 from ray_ft import session
+from ray_ft.artifacts import RunDir
 from ray_ft.data import ledger
 from ray_ft.demo import PROMPT, DemoPaths
-from ray_ft.paths import RunDir
 from ray_ft.span import Span
 from ray_ft.train import checkpoint
 from ray_ft.train.metrics import read_metrics

@@ -23,13 +23,13 @@ from rich.console import Console
 
 from ray_ft import evaluate, paths, session
 from ray_ft import recipe as recipe_module
+from ray_ft.artifacts import Manifest
 from ray_ft.data import ledger, stream
 from ray_ft.data.prepare import prepare
 from ray_ft.demo import PROMPT, DemoPaths
 from ray_ft.errors import CheckpointError, DataError, ExportError, ModelError, ResourceError
 from ray_ft.evaluate import during
 from ray_ft.export import export
-from ray_ft.paths import Manifest
 from ray_ft.recipe import Recipe
 from ray_ft.span import Span
 from ray_ft.train import checkpoint, launch, shards
@@ -431,8 +431,8 @@ def test_memory_is_bounded_whatever_the_size_of_the_file(make: Make, tmp_path: P
     script = """
 import resource, sys
 from ray_ft import recipe
-from ray_ft.data import prepare, sources, stream
-sources.CHUNK_BYTES, prepare.SEGMENT_TOKENS = 1 << 20, 1 << 18
+from ray_ft.data import prepare, sources, stream, work
+sources.CHUNK_BYTES, work.SEGMENT_TOKENS = 1 << 20, 1 << 18
 peak = lambda done, total: print(done, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 settings = recipe.load(sys.argv[1])
 prepare.prepare(settings, "train", settings.model.path, stream.in_process, peak)

@@ -14,7 +14,7 @@ import pytest
 
 from ray_ft import session
 from ray_ft.data import ledger, sources, stream
-from ray_ft.data import prepare as module
+from ray_ft.data import work as works
 from ray_ft.data.ledger import Ledger
 from ray_ft.data.order import Order
 from ray_ft.data.prepare import prepare
@@ -40,7 +40,7 @@ def test_ray_data_delivers_the_order_with_names_from_rows_that_are_not_stored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sources, "CHUNK_BYTES", 4000)
-    monkeypatch.setattr(module, "SEGMENT_TOKENS", 900)
+    monkeypatch.setattr(works, "SEGMENT_TOKENS", 900)
     texts = [json.dumps({"text": f"row {n} " + "one two " * (1 + n % 9)}) + "\n" for n in range(400)]
     (tmp_path / "plain.jsonl").write_text("".join(texts[:250]))
     (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress("".join(texts[250:]).encode()))

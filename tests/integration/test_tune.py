@@ -20,7 +20,7 @@ import pytest
 import ray
 from rich.console import Console
 
-from ray_ft import paths, session
+from ray_ft import artifacts, paths, session
 from ray_ft import recipe as recipes
 from ray_ft.demo import PROMPT, DemoPaths
 from ray_ft.errors import RecipeError, ResourceError, StorageError
@@ -86,7 +86,7 @@ def held_groups() -> list[Any]:
 
 
 def steps_of(sweep: Sweep, number: int) -> list[int]:
-    return checkpoint.steps(paths.RunDir(paths.join(sweep.root, f"{number:04d}")).checkpoints)
+    return checkpoint.steps(artifacts.RunDir(paths.join(sweep.root, f"{number:04d}")).checkpoints)
 
 
 @pytest.fixture(scope="module")

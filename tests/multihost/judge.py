@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ray_ft import paths
+from ray_ft import artifacts
 from ray_ft.data import ledger
 from ray_ft.data.order import Order
 from ray_ft.errors import TrainingError
@@ -45,7 +45,7 @@ class Verdict:
         return found
 
 
-def judge(run: paths.RunDir, reference: paths.RunDir, order: Order, steps: int) -> Verdict:
+def judge(run: artifacts.RunDir, reference: artifacts.RunDir, order: Order, steps: int) -> Verdict:
     """Compare two finished runs of `steps` steps over the same order; both kept a ledger and a row for each step."""
     losses, expected = step_losses(run), step_losses(reference)
     state, wanted = last_checkpoint(run, steps), last_checkpoint(reference, steps)
@@ -58,7 +58,7 @@ def judge(run: paths.RunDir, reference: paths.RunDir, order: Order, steps: int) 
 # ------------------------------------------------------------------------------------------------------------- rows
 
 
-def wrong_rows(run: paths.RunDir, order: Order, steps: int) -> str:
+def wrong_rows(run: artifacts.RunDir, order: Order, steps: int) -> str:
     """What the ledger says against each sample being used exactly once in each epoch; "" where it says nothing."""
     try:
         used = ledger.read(run)
@@ -87,7 +87,7 @@ def samples(order: Order) -> Counter[str]:
 # ------------------------------------------------------------------------------------------------- losses and weights
 
 
-def step_losses(run: paths.RunDir) -> list[tuple[int, float]]:
+def step_losses(run: artifacts.RunDir) -> list[tuple[int, float]]:
     """(step, loss) of each row of metrics, as they stand there."""
     return [(int(row["step"]), float(row["loss"])) for row in read_metrics(run)]
 
@@ -103,7 +103,7 @@ def _or_infinite(difference: float) -> float:
     return difference if difference == difference else float("inf")  # max() would pass over NaN
 
 
-def last_checkpoint(run: paths.RunDir, step: int) -> dict[str, torch.Tensor]:
+def last_checkpoint(run: artifacts.RunDir, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of the checkpoint of the last step: weights and the optimizer's state, by name."""
     location = dict(checkpoint.committed(run.checkpoints))[step]
     index = checkpoint.index(location)

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import chaos
-from ray_ft import paths
+from ray_ft import artifacts
 from ray_ft.data import stream
 from ray_ft.data.order import Order
 from ray_ft.recipe import Recipe
@@ -42,7 +42,7 @@ class Runs:
     steps: int
 
     def verdict(self) -> Verdict:
-        return judge(paths.RunDir(str(self.copy)), paths.RunDir(str(self.run)), self.order, self.steps)
+        return judge(artifacts.RunDir(str(self.copy)), artifacts.RunDir(str(self.run)), self.order, self.steps)
 
     def with_fault(self, plant: Callable[[Path], Any]) -> Verdict:
         shutil.rmtree(self.copy, ignore_errors=True)
@@ -80,7 +80,7 @@ def ledger(run: Path) -> Path:
 
 def change_tensor(run: Path, step: int, name: str) -> None:
     """Change one value of a checkpoint by as little as there is, with all checksums right."""
-    tensors = last_checkpoint(paths.RunDir(str(run)), step)
+    tensors = last_checkpoint(artifacts.RunDir(str(run)), step)
     chosen = next(tensor for key, tensor in tensors.items() if key.startswith(name) and tensor.dim())
     value = chosen.view(-1)[:1]
     value.copy_(torch.nextafter(value, torch.tensor(float("inf"))))

@@ -18,6 +18,7 @@ from ray_ft import paths
 from ray_ft import recipe as recipes
 from ray_ft.data import prepare as module
 from ray_ft.data import sources, stream
+from ray_ft.data import work as works
 from ray_ft.data.order import Order
 from ray_ft.data.prepare import load, prepare
 from ray_ft.data.prepared import Prepared
@@ -40,8 +41,8 @@ def mixture(
 ) -> Mixture:
     """Three sources (JSONL of many chunks with bad lines, gzip of many segments, Parquet), prepared as asked for."""
     monkeypatch.setattr(sources, "CHUNK_BYTES", 2500)
-    monkeypatch.setattr(module, "SEGMENT_TOKENS", 600)
-    monkeypatch.setattr(module, "ENCODE_BATCH", 8)
+    monkeypatch.setattr(works, "SEGMENT_TOKENS", 600)
+    monkeypatch.setattr(works, "ENCODE_BATCH", 8)
     rows = [json.dumps(line("plain", n)) for n in range(150)]
     rows[3:3] = ["", "{", "null"]
     (tmp_path / "plain.jsonl").write_text("\n".join(rows))
@@ -222,8 +223,8 @@ def test_another_tokenizer_in_the_same_folder_is_refused(
     mixture: Mixture, monkeypatch: pytest.MonkeyPatch, demo: DemoPaths
 ) -> None:
     recipe, off = mixture("data.cache=off")
-    known = module._tokenizer_identity(demo.base, False)
-    monkeypatch.setattr(module, "_tokenizer_identity", lambda model, code: {**known, "tokenizer": "another"})
+    known = works.tokenizer_identity(demo.base, False)
+    monkeypatch.setattr(module, "tokenizer_identity", lambda model, code: {**known, "tokenizer": "another"})
     with pytest.raises(ModelError, match="is not the one that the data was prepared with"):
         batches(recipe, off)
 

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from ray_ft import quickstart
+from ray_ft.artifacts import Manifest
 from ray_ft.data.rows import Conversation
 from ray_ft.errors import DataError, RecipeError, ServeError
 from ray_ft.evaluate import Question
-from ray_ft.paths import Manifest
 from ray_ft.recipe import Serve
 from ray_ft.vllm_needs import CPU_OVERHEAD
 from serving import address, app, engine, models, rollout, run

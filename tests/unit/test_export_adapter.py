@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config
 
-from ray_ft import paths
+from ray_ft import artifacts, paths
 from ray_ft.demo import DemoPaths
 from ray_ft.errors import CheckpointError, ExportError
 from ray_ft.export import export, vllm_process
@@ -248,7 +248,7 @@ def test_an_adapter_alone_that_is_not_all_that_was_trained_is_refused(
     recipe.write_text(recipe.read_text().replace("quantize: null", "quantize: nf4"))
     with pytest.raises(ExportError, match="beside a base rounded to 4 bits"):
         export(run, Quiet(), adapter_only=True, vllm=False)
-    for failed in (whole.run.dir, beside.run.dir, paths.RunDir(run)):
+    for failed in (whole.run.dir, beside.run.dir, artifacts.RunDir(run)):
         assert not paths.exists(failed.adapter)
 
 

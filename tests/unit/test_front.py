@@ -19,6 +19,7 @@ from serving import front
 from serving.endpoint import ServeBackend
 from serving.front import TICKET, Front
 from serving.gateway.routes import NoPlace, Place
+from serving.gateway.upstream import PLACE
 
 PATH = "/v1/completions"
 
@@ -29,12 +30,14 @@ class App:
     def __init__(self) -> None:
         self.may = asyncio.Event()
         self.began = asyncio.Event()
+        self.after = 0.0  # seconds of work behind an answer
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.began.set()
         await self.may.wait()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
+        await asyncio.sleep(self.after)
 
 
 @contextlib.asynccontextmanager
@@ -50,7 +53,11 @@ async def running() -> AsyncIterator[tuple[Front, App, httpx.AsyncClient]]:
             await found.stop()
 
 
-def test_a_ticket_is_good_for_one_request_and_its_place_lasts_as_long() -> None:
+def test_a_ticket_is_good_for_one_request_at_a_time_and_its_place_lasts_until_none_follows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(front, "KEPT_SECONDS", 3.0)
+
     async def main() -> None:
         async with running() as (found, app, client):
             hold = found.hold()
@@ -67,7 +74,13 @@ def test_a_ticket_is_good_for_one_request_and_its_place_lasts_as_long() -> None:
             assert not end.done(), "the place lasts as long as the request"
             app.may.set()
             assert (await answer).text == "ok"
+            app.after = 0.05
+            for _ in range(3):
+                assert (await client.post(url + PATH, headers=headers)).text == "ok"
+                assert not end.done(), "another may follow"
             assert await asyncio.wait_for(end, 60) is None
+            refused = await client.post(url + PATH, headers=headers)
+            assert (refused.status_code, refused.headers[PLACE]) == (404, "ended")
             assert found.idle_seconds() == 0
 
     asyncio.run(main())

@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ray_ft import paths
+from ray_ft import artifacts, paths
 from ray_ft.data.render import load_tokenizer
 from ray_ft.demo import DemoPaths
 from ray_ft.errors import ExportError
@@ -114,7 +114,7 @@ def fresh(case: Case) -> Case:
 
 @pytest.mark.parametrize("kind", CHECKS)
 def test_every_check_has_a_name_and_says_what_it_measured(kind: str, published: dict[str, str]) -> None:
-    content = paths.read_json(os.path.join(published[kind], paths.MANIFEST))
+    content = paths.read_json(os.path.join(published[kind], artifacts.MANIFEST))
     assert content["format"] == 2 and content["kind"] == ("adapter" if kind == "adapter" else "model")
     assert list(content["checks"]) == [check.name for check in CHECKS[kind]]
     for name, measured in content["checks"].items():
@@ -129,11 +129,11 @@ def test_every_check_has_a_name_and_says_what_it_measured(kind: str, published: 
     assert all(
         content["files"][name]["bytes"] == Path(published[kind], name).stat().st_size for name in content["files"]
     )
-    assert set(content["files"]) == set(os.listdir(published[kind])) - {paths.MANIFEST}
+    assert set(content["files"]) == set(os.listdir(published[kind])) - {artifacts.MANIFEST}
 
 
 def test_the_manifest_proves_what_the_trained_weights_answer(published: dict[str, str], full: Recipe) -> None:
-    proof = paths.read_json(os.path.join(published["full"], paths.MANIFEST))["proof"]
+    proof = paths.read_json(os.path.join(published["full"], artifacts.MANIFEST))["proof"]
     ids = torch.tensor(proof["token_ids"])
     assert 2 <= len(ids) <= 128 and len(proof["logprobs"]) == len(ids) - 1
     live = Trained.of(full.run.dir.root).model(torch.device("cpu"), torch.float32)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Gemma3nForCausalLM, Gemma3nForConditionalGeneration
 from typer.testing import CliRunner
 
-from ray_ft import cli, paths
+from ray_ft import artifacts, cli, paths
 from ray_ft import recipe as recipes
 from ray_ft.data import pack
 from ray_ft.data.images import data_url, picture
@@ -459,7 +459,7 @@ def test_an_export_passes_the_gate_and_keeps_all_that_the_base_has(
     recipe = recipe_of(seeing, tmp_path, *more, "train.epochs=4", files=(1,) if sees else (0,))
     assert launch.train(recipe, quiet()).complete
     folder = export(recipe.run.dir.root, quiet(), vllm=False).folder
-    measured = paths.read_json(paths.join(folder, paths.MANIFEST))["checks"]
+    measured = paths.read_json(paths.join(folder, artifacts.MANIFEST))["checks"]
     assert measured["logits_transformers"]["passed"] and ("images" in measured) == sees
     before, after = (load_file(Path(where, "model.safetensors")) for where in (seeing.base, folder))
     assert before.keys() == after.keys()

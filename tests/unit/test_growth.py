@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_ft import paths
+from ray_ft import artifacts
 from ray_ft.data import identity, parquet, prepare, sources
 from ray_ft.data.counts import Counts
 from ray_ft.data.files import File
@@ -288,7 +288,7 @@ def test_a_parquet_file_is_opened_once_for_columns_and_row_groups(
 
 def test_names_of_columns_are_looked_through_for_credentials_once(monkeypatch: pytest.MonkeyPatch) -> None:
     uri = "s3://key:secretsecret@bucket/run"
-    record = reading.Record(paths.RunDir(uri), [uri], {}, "", None)
+    record = reading.Record(artifacts.RunDir(uri), [uri], {}, "", None)
     asked: list[str] = []
     real = reading.without_secrets
     monkeypatch.setattr(reading, "without_secrets", lambda text, one: asked.append(text) or real(text, one))

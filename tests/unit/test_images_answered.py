@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from ray_ft import answers, cli, paths
+from ray_ft import answers, artifacts, cli, paths
 from ray_ft.answers import Sampling, Target
 from ray_ft.demo import DemoPaths
 from ray_ft.errors import ExportError
@@ -44,7 +44,7 @@ def case(trained: Recipe, tmp_path: Path) -> Case:
 
 
 def test_an_export_brings_its_processor_and_is_compared_on_pictures(trained: Recipe) -> None:
-    measured = paths.read_json(paths.join(trained.run.dir.export, paths.MANIFEST))["checks"]
+    measured = paths.read_json(paths.join(trained.run.dir.export, artifacts.MANIFEST))["checks"]
     assert list(measured) == ["images", *(check.name for check in checks.MODEL)]
     assert measured["images"] == {"passed": True, "tokens": 16, "shape": [3, 64, 64]}
     assert measured["logits_transformers"]["rows_with_images"] == 2

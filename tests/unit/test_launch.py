@@ -15,7 +15,7 @@ import torch
 from distributed import recipe_of
 from rich.console import Console
 
-from ray_ft import paths, recipe
+from ray_ft import artifacts, paths, recipe
 from ray_ft.data.stream import in_process
 from ray_ft.demo import DemoPaths
 from ray_ft.errors import CheckpointError, ResourceError, StorageError, TrainingError
@@ -198,7 +198,7 @@ def test_the_deliberate_error_is_found_inside_what_wraps_it() -> None:
 
     ours, group = CheckpointError("ours"), Group("2 workers failed")
     group.worker_failures = {0: RuntimeError("a peer closed the connection"), 1: Wrapped(ours)}
-    run = paths.RunDir("/run")
+    run = artifacts.RunDir("/run")
     assert cluster._as_ours(group, run) is ours
     other = cluster._as_ours(RuntimeError("line 1\nline 2"), run)
     assert isinstance(other, TrainingError)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ray_ft import paths
+from ray_ft import artifacts, paths
 from ray_ft.data import ledger, sources, stream
-from ray_ft.data import prepare as module
+from ray_ft.data import work as works
 from ray_ft.data.ledger import Ledger
 from ray_ft.data.order import Order
 from ray_ft.data.prepare import prepare
@@ -30,7 +30,7 @@ GLOBAL = 8
 def order(make_recipe: Callable[..., Recipe], demo: DemoPaths, monkeypatch: pytest.MonkeyPatch) -> Order:
     """Two epochs of the demo in many units, shuffled, with a ledger."""
     monkeypatch.setattr(sources, "CHUNK_BYTES", 12_000)
-    monkeypatch.setattr(module, "SEGMENT_TOKENS", 1500)
+    monkeypatch.setattr(works, "SEGMENT_TOKENS", 1500)
     recipe = make_recipe("data.ledger=true", "data.shuffle_window=4000", "train.epochs=2")
     order = Order.of(recipe, prepare(recipe, "train", demo.base, stream.in_process))
     assert order.ledger and len(order.prepared.units) > 8
@@ -54,7 +54,7 @@ def recorded(order: Order, world: int, first: int, last: int) -> bytes:
     return ledger.merge(parts[::-1])  # in whatever order they come
 
 
-def write(run: paths.RunDir, step: int, content: bytes) -> None:
+def write(run: artifacts.RunDir, step: int, content: bytes) -> None:
     paths.write_bytes(run.at("ledger", f"step_{step:08d}.jsonl"), content)
 
 
@@ -69,7 +69,7 @@ def test_two_workers_and_one_record_the_same(order: Order) -> None:
 
 
 def test_each_sample_is_used_once_per_epoch_by_a_run_in_parts(order: Order, tmp_path: Path, demo: DemoPaths) -> None:
-    run, steps = paths.RunDir(str(tmp_path)), steps_of(order)
+    run, steps = artifacts.RunDir(str(tmp_path)), steps_of(order)
     third = steps // 3
     write(run, third, recorded(order, 2, 0, third))
     write(run, 2 * third, recorded(order, 4, third, 2 * third))
@@ -141,7 +141,7 @@ def test_workers_that_leave_a_gap_or_overlap_are_an_error(order: Order) -> None:
 
 
 def test_work_done_again_has_to_say_the_same(order: Order, tmp_path: Path) -> None:
-    run = paths.RunDir(str(tmp_path))
+    run = artifacts.RunDir(str(tmp_path))
     assert ledger.read(run) == {}
     write(run, 4, recorded(order, 2, 0, 4))
     write(run, 6, recorded(order, 1, 2, 6))  # the checkpoint of step 4 was damaged, so the run went back to step 2

@@ -11,9 +11,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+from ray_ft.artifacts import RunDir
 from ray_ft.data.pack import REAL, START, Rows
 from ray_ft.model.flops import flops_per_token
-from ray_ft.paths import RunDir
 from ray_ft.strategy import Layout
 from ray_ft.train import metrics
 from ray_ft.train.metrics import Meter, MetricsLog, read_metrics

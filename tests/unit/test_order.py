@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ray_ft.data import prepare as module
 from ray_ft.data import sources
+from ray_ft.data import work as works
 from ray_ft.data.counts import Counts
 from ray_ft.data.order import ORDER, Order, Part, Passes, as_fraction
 from ray_ft.data.pack import REAL, START, Rows
@@ -401,7 +401,7 @@ def prepared_demo(
 ) -> tuple[Callable[..., Recipe], Prepared]:
     """The demo's rows in a dozen units, of several shards."""
     monkeypatch.setattr(sources, "CHUNK_BYTES", 12_000)
-    monkeypatch.setattr(module, "SEGMENT_TOKENS", 1500)
+    monkeypatch.setattr(works, "SEGMENT_TOKENS", 1500)
     prepared = prepare(make_recipe(), "train", demo.base, in_process)
     assert len(prepared.units) > 8
     return make_recipe, prepared

@@ -16,12 +16,13 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from ray_ft import paths
+from ray_ft import artifacts, hub, paths
+from ray_ft.artifacts import Manifest, RunDir
 from ray_ft.data import sources
 from ray_ft.data.stream import in_process
 from ray_ft.demo import DemoPaths
 from ray_ft.errors import ModelError, ServeError, StorageError
-from ray_ft.paths import Appender, Manifest, RunDir
+from ray_ft.paths import Appender
 from ray_ft.recipe import Recipe, TextSource
 
 BUCKET = "ray-ft-test"
@@ -218,7 +219,7 @@ def test_a_writable_place_is_left_as_it_was(place: str) -> None:
 
 
 def test_a_manifest_comes_back_from_its_folder_and_from_its_run(place: str) -> None:
-    content = {"format": paths.MANIFEST_FORMAT, "run": "one", "model": {"dtype": "float32"}, "serve": {"port": 1}}
+    content = {"format": artifacts.MANIFEST_FORMAT, "run": "one", "model": {"dtype": "float32"}, "serve": {"port": 1}}
     Manifest(paths.join(place, "export"), content).save()
     for location in (place, paths.join(place, "export")):
         manifest = Manifest.load(location)
@@ -284,13 +285,13 @@ def test_a_manifest_that_cannot_be_used_says_why_and_how_to_get_one(
 
 def test_a_local_folder_is_its_own_copy(tmp_path: Path) -> None:
     assert paths.local_copy(str(tmp_path)) == str(tmp_path)
-    assert paths.model_folder(str(tmp_path)) == str(tmp_path)
+    assert hub.model_folder(str(tmp_path)) == str(tmp_path)
 
 
 @pytest.mark.parametrize("location", ["/no/such/folder", "./none", "none", "a/b/c"])
 def test_a_model_that_is_no_folder_and_no_hub_id_is_named(location: str) -> None:
     with pytest.raises(ModelError, match="is no folder") as caught:
-        paths.model_folder(location)
+        hub.model_folder(location)
     assert repr(location) in str(caught.value)
 
 
@@ -386,15 +387,15 @@ def test_a_model_without_its_weights_is_a_copy_of_its_own(
     def files(folder: str) -> set[str]:
         return {str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file()}
 
-    without = paths.model_folder(f"{s3.root}/model", weights=False)
+    without = hub.model_folder(f"{s3.root}/model", weights=False)
     assert files(without) == small and Path(without, "sub/tokenizer.json").read_text() == "sub/tokenizer.json"
-    assert files(paths.model_folder(f"{s3.root}/model")) == small | big
-    assert paths.model_folder(f"{s3.root}/model", weights=False) == without and files(without) == small
+    assert files(hub.model_folder(f"{s3.root}/model")) == small | big
+    assert hub.model_folder(f"{s3.root}/model", weights=False) == without and files(without) == small
 
 
 def test_a_remote_model_that_is_not_there_is_named(s3: S3) -> None:
     with pytest.raises(ModelError, match=f"{s3.root}/none"):
-        paths.model_folder(f"{s3.root}/none")
+        hub.model_folder(f"{s3.root}/none")
 
 
 @pytest.mark.parametrize("pattern", ["", "/", "/*.jsonl", "/**", "/a.jsonl"])
@@ -437,7 +438,7 @@ def test_a_run_lies_where_the_query_of_its_storage_says(s3: S3, query: str, tmp_
         rejects.write(b"{}\n")
     (tmp_path / "config.json").write_text("{}")
     paths.upload_dir(tmp_path, run.export)
-    Manifest(run.export, {"format": paths.MANIFEST_FORMAT}).save()
+    Manifest(run.export, {"format": artifacts.MANIFEST_FORMAT}).save()
     assert Manifest.load(run.root).folder == run.export
     assert sorted(k for k in s3.objects() if not k.endswith("/")) == [
         f"runs/one/{name}" for name in ("data/rejects.jsonl", "export/config.json", "export/manifest.json")

@@ -98,7 +98,7 @@ def test_the_reference_is_computed_once_and_read_along_with_the_rows(
 def test_an_interrupted_pass_over_the_base_goes_on(
     demo: DemoPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ray_ft.data.prepare.SEGMENT_TOKENS", 1000)
+    monkeypatch.setattr("ray_ft.data.work.SEGMENT_TOKENS", 1000)
     recipe = recipe_for(demo, tmp_path)
     plain = prepare(recipe, "train", demo.base, in_process)
     assert len(plain.units) > 2

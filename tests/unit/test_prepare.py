@@ -16,11 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ray_ft import paths
+from ray_ft import hub, paths
 from ray_ft.data import prepare as module
 from ray_ft.data import sources
+from ray_ft.data import work as works
+from ray_ft.data.counts import TOO_LONG
 from ray_ft.data.pack import START, TRAINED
-from ray_ft.data.prepare import TOO_LONG, Prepared, check, prepare
+from ray_ft.data.prepare import Prepared, check, prepare
 from ray_ft.data.render import load_tokenizer
 from ray_ft.data.stream import in_process
 from ray_ft.demo import DemoPaths
@@ -106,7 +108,7 @@ def test_counts_are_those_of_the_rows_on_storage(make_recipe: MakeRecipe, run: R
     prepared = run(make_recipe())
     rows, counts = prepared.read(prepared.units), prepared.counts
     assert rows.input_ids.shape == (prepared.rows, 128) and prepared.rows == sum(u.rows for u in prepared.units)
-    assert counts.tokens == int((rows.flags & module.REAL > 0).sum())
+    assert counts.tokens == int((rows.flags & works.REAL > 0).sum())
     assert counts.trained_tokens == int((rows.flags & TRAINED > 0).sum()) > 0
     assert counts.lengths.total() == 600
     assert prepared.stats()["non_pad_share"] == round(counts.tokens / rows.flags.size, 4)
@@ -197,7 +199,7 @@ def test_parquet_rows_are_named_by_their_number_in_the_file(
 def test_a_chunk_is_packed_in_segments_and_loses_nothing(
     make_recipe: MakeRecipe, run: Run, documents: Documents, text: Text, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SEGMENT_TOKENS", 200)
+    monkeypatch.setattr(works, "SEGMENT_TOKENS", 200)
     source = text(*good(100))
     prepared = run(make_recipe(sources=[source]))
     assert len({unit.shard for unit in prepared.units}) == 1
@@ -208,7 +210,7 @@ def test_a_chunk_is_packed_in_segments_and_loses_nothing(
 def test_more_rows_than_one_call_of_the_tokenizer_takes_keep_their_lines(
     make_recipe: MakeRecipe, run: Run, documents: Documents, text: Text, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ENCODE_BATCH", 3)
+    monkeypatch.setattr(works, "ENCODE_BATCH", 3)
     lines: list[Any] = [*good(4), b"", {"text": 1}, *good(5, first=4)]
     source = text(*lines)
     prepared = run(make_recipe("data.max_bad_rows=0.5", sources=[source]))
@@ -354,7 +356,7 @@ def test_a_file_that_fails_midway_leaves_nothing_that_counts_as_prepared(
 ) -> None:
     recipe = make_recipe(sources=[text(*good(20))])
     with monkeypatch.context() as patch:
-        patch.setattr(module, "pack", lambda *_, **__: 1 / 0)
+        patch.setattr(works, "pack", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(recipe)
     assert not [path for path in Path(recipe.run.storage).rglob("*") if path.is_file()]
@@ -368,7 +370,7 @@ def test_two_preparations_are_equal_byte_for_byte(
     make_recipe: MakeRecipe, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sources, "CHUNK_BYTES", 4000)
-    monkeypatch.setattr(module, "SEGMENT_TOKENS", 2000)
+    monkeypatch.setattr(works, "SEGMENT_TOKENS", 2000)
     one = run(make_recipe())
     two = run(make_recipe(f"run.storage={tmp_path / 'elsewhere'}"))
     assert not one.reused and not two.reused and one.location != two.location
@@ -426,7 +428,8 @@ def test_a_tokenizer_that_was_looked_at_is_not_loaded_again_until_a_file_of_it_c
             template.write_text(edits.pop())
         return tokenizer
 
-    monkeypatch.setattr(module, "load_tokenizer", load)
+    for caller in (module, works):
+        monkeypatch.setattr(caller, "load_tokenizer", load)
     first = run(make_recipe(), folder=str(base))
     assert loaded
     loaded.clear()
@@ -470,7 +473,7 @@ def test_a_model_of_the_hub_is_resolved_where_the_work_is_done_once_per_process(
         return demo.base
 
     monkeypatch.setattr(sources, "CHUNK_BYTES", 8000)
-    monkeypatch.setattr(paths, "model_folder", model_folder)
+    monkeypatch.setattr(hub, "model_folder", model_folder)
     prepared = prepare(make_recipe("model.path=somebody/some-model"), "train", demo.base, in_process)
     assert len(prepared.origins) > 3 and asked == [("somebody/some-model", False)]
 

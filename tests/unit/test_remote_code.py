@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ray_ft import paths
+from ray_ft import hub
 from ray_ft.data.render import load_tokenizer
 from ray_ft.errors import ModelError, RecipeError
 from ray_ft.export.describe import _usage
@@ -36,7 +36,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture(autouse=True)
 def untrusting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, "_trusted", set())
+    monkeypatch.setattr(hub, "_trusted", set())
 
 
 @pytest.fixture
@@ -96,23 +96,23 @@ def test_the_revision_is_what_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
-    paths.model_folder("org/name")
-    paths.model_folder(f"org/name@{COMMIT}", weights=False)
-    assert not paths.runs_code(str(tmp_path))
-    paths.model_folder(f"org/name@{COMMIT}", code=True)
-    assert paths.runs_code(str(tmp_path))
+    hub.model_folder("org/name")
+    hub.model_folder(f"org/name@{COMMIT}", weights=False)
+    assert not hub.runs_code(str(tmp_path))
+    hub.model_folder(f"org/name@{COMMIT}", code=True)
+    assert hub.runs_code(str(tmp_path))
     assert asked == [("org/name", None, False), ("org/name", COMMIT, False), ("org/name", COMMIT, True)]
     with pytest.raises(ModelError, match="is no folder"):
-        paths.model_folder("name@main")
+        hub.model_folder("name@main")
 
 
 def test_a_folder_with_an_at_sign_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / "org" / "name@main").mkdir(parents=True)
     folder = str(tmp_path / "org" / "name@main")
-    assert paths.model_folder(folder) == folder
-    assert paths.split_revision(folder) == (folder, None)
-    assert paths.split_revision(f"org/name@{COMMIT}") == ("org/name", COMMIT)
-    assert paths.split_revision("s3://key@bucket/x") == ("s3://key@bucket/x", None)
+    assert hub.model_folder(folder) == folder
+    assert hub.split_revision(folder) == (folder, None)
+    assert hub.split_revision(f"org/name@{COMMIT}") == ("org/name", COMMIT)
+    assert hub.split_revision("s3://key@bucket/x") == ("s3://key@bucket/x", None)
 
 
 def test_the_revision_goes_with_the_model_not_its_name() -> None:
@@ -125,7 +125,7 @@ def test_the_revision_goes_with_the_model_not_its_name() -> None:
 
 def test_code_is_not_run_unless_the_recipe_says_so(own: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="trust_remote_code is false") as caught:
-        load.load_config(paths.model_folder(str(own)))
+        load.load_config(hub.model_folder(str(own)))
     assert "own.OwnConfig" in caught.value.what
     assert not (tmp_path / "ran").exists()
 
@@ -165,5 +165,5 @@ def test_code_of_another_repository_is_refused(own: Path, tmp_path: Path) -> Non
     content["auto_map"]["AutoConfig"] = "someone/else--own.OwnConfig"
     (own / "config.json").write_text(json.dumps(content))
     with pytest.raises(ModelError, match="from another repository, someone/else"):
-        load.load_config(paths.model_folder(str(own), code=True))
+        load.load_config(hub.model_folder(str(own), code=True))
     assert not (tmp_path / "ran").exists()

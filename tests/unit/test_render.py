@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ray_ft.data import render as module
 from ray_ft.data.render import Renderer, Tokens, load_tokenizer, special_tokens
 from ray_ft.data.rows import Conversation, Joined, Sample
 from ray_ft.data.sources import Reject
+from ray_ft.data.surfaces import surfaces_of
 from ray_ft.demo import DemoPaths
 from ray_ft.errors import ModelError
 
@@ -347,34 +348,36 @@ def _falling_back_to_bytes() -> Tokenizer:
     return made
 
 
+PIECES = [
+    "a",
+    "b",
+    "o",
+    " ",
+    "  ",
+    "\n",
+    "é",
+    "e\u0301",
+    "ﬁ",
+    "😀",
+    "👩‍🚀",
+    "the",
+    "boat",
+    "<mark>",
+    "\u200b",
+    "İ",
+    "漢",
+    "▁",
+    "Ġ",
+]
 CORPUS = ["the bird, the boy and the bee", "about a boat: abba, bob!", "un deux trois été"]
 
 
 @pytest.mark.parametrize("make", [_of_words, _of_bytes, _of_pieces, _falling_back_to_bytes])
 def test_the_tokens_of_an_answer_are_those_that_hold_a_character_of_it(make: Callable[[], Tokenizer]) -> None:
     tokenizer = make()
-    pieces = [
-        "a",
-        "b",
-        "o",
-        " ",
-        "  ",
-        "\n",
-        "é",
-        "e\u0301",
-        "ﬁ",
-        "😀",
-        "👩‍🚀",
-        "the",
-        "boat",
-        "<mark>",
-        "\u200b",
-        "İ",
-        "漢",
-    ]
     rng = random.Random(0)
     for _ in range(300):
-        text = "".join(rng.choices(pieces, k=rng.randint(1, 12)))
+        text = "".join(rng.choices(PIECES, k=rng.randint(1, 12)))
         encoding = tokenizer.encode(text, add_special_tokens=False)
         starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
         for start in range(len(text)):
@@ -383,3 +386,64 @@ def test_the_tokens_of_an_answer_are_those_that_hold_a_character_of_it(make: Cal
                 found = np.zeros(len(encoding), bool)
                 found[module._held(encoding, start, end)] = True
                 np.testing.assert_array_equal(found, wanted, err_msg=f"{text!r}[{start}:{end}], {encoding.offsets}")
+
+
+def _of_untrimmed_bytes() -> Tokenizer:
+    made = _of_bytes()
+    made.post_processor = processors.ByteLevel(trim_offsets=False)
+    return made
+
+
+def _of_small_letters() -> Tokenizer:
+    made = _of_untrimmed_bytes()
+    made.normalizer = normalizers.Lowercase()
+    return made
+
+
+@pytest.mark.parametrize("make", [_of_untrimmed_bytes, _falling_back_to_bytes, _of_small_letters])
+def test_the_bytes_of_tokens_place_them_as_their_offsets_do(make: Callable[[], Tokenizer]) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make())
+    surfaces = surfaces_of(tokenizer)
+    assert surfaces is not None
+    rng, placed_texts = random.Random(0), 0
+    for _ in range(300):
+        text = "".join(rng.choices(PIECES, k=rng.randint(1, 12)))
+        encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        placed = surfaces.place(np.array(encoding.ids, dtype=np.int32), text)
+        changed = "▁" in text if make is _falling_back_to_bytes else make is _of_small_letters and text != text.lower()
+        assert (placed is None) is changed, text
+        if placed is None:
+            continue
+        placed_texts += 1
+        for start in range(len(text)):
+            for end in range(start, len(text) + 1):
+                wanted, found = np.zeros((2, len(encoding)), bool)
+                wanted[module._held(encoding, start, end)] = True
+                found[placed.held(start, end)] = True
+                np.testing.assert_array_equal(found, wanted, err_msg=f"{text!r}[{start}:{end}], {encoding.offsets}")
+    assert placed_texts > 100
+
+
+@pytest.mark.parametrize("make", [_of_words, _of_pieces])
+def test_a_tokenizer_whose_tokens_do_not_spell_its_texts_has_to_count(make: Callable[[], Tokenizer]) -> None:
+    assert surfaces_of(PreTrainedTokenizerFast(tokenizer_object=make())) is None
+
+
+def test_texts_that_their_tokens_do_not_spell_are_tokenized_with_offsets(
+    demo: DemoPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo.base)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    samples: list[Sample] = [Joined(f"e\u0301 {word}: ", "a e\u0301 b") for word in ("one", "two", "three")]
+    samples += [Joined("plain: ", f"one e\u0301 {word}") for word in ("one", "two")] + [SHORT, Joined("é 漢: ", "😀 e")]
+    slow = Renderer(tokenizer).encode(samples)
+    monkeypatch.setattr(module, "MANY", 1)
+    one_by_one, at_once = Renderer(tokenizer), Renderer(tokenizer)
+    first = [one_by_one.encode([sample])[0] for sample in samples]
+    assert one_by_one._counting  # it has met a batch of nothing else
+    for found in (first, at_once.encode([*samples, *[SHORT] * 9])):
+        for one, other in zip(found, slow, strict=False):
+            assert isinstance(one, Tokens) and isinstance(other, Tokens)
+            np.testing.assert_array_equal(one.ids, other.ids)
+            np.testing.assert_array_equal(one.trained, other.trained)
+    assert not at_once._counting

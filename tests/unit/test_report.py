@@ -17,10 +17,10 @@ import pytest
 import yaml
 
 from ray_ft import paths
+from ray_ft.artifacts import RunDir
 from ray_ft.data import stream
 from ray_ft.data.order import Order
 from ray_ft.errors import StorageError
-from ray_ft.paths import RunDir
 from ray_ft.recipe import Recipe
 from ray_ft.report import charts, report
 from ray_ft.report.blocks import number

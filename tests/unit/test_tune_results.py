@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import sweeps
 
-from ray_ft import export, paths
+from ray_ft import artifacts, export, paths
 from ray_ft import recipe as recipes
 from ray_ft.answers import Target, found
 from ray_ft.errors import CheckpointError, StorageError
@@ -207,21 +207,21 @@ def test_too_little_gives_a_reason(swept: Recipe) -> None:
 
 def test_a_sweep_stands_for_its_best_trial(tmp_path: Path) -> None:
     root = str(tmp_path / "sweep")
-    assert paths.run_of(root) == root
-    assert paths.run_of("nowhere/run") == "nowhere/run"
+    assert artifacts.run_of(root) == root
+    assert artifacts.run_of("nowhere/run") == "nowhere/run"
     paths.write_json(f"{root}/sweep.json", {"best": 7})
-    assert paths.run_of(root) == f"{root}/0007"
-    assert paths.run_of(root + "/") == f"{root}/0007"
-    assert paths.run_of(f"file://{root}") == f"file://{root}/0007"
-    assert paths.run_of(f"{root}/0003") == f"{root}/0003"
+    assert artifacts.run_of(root) == f"{root}/0007"
+    assert artifacts.run_of(root + "/") == f"{root}/0007"
+    assert artifacts.run_of(f"file://{root}") == f"file://{root}/0007"
+    assert artifacts.run_of(f"{root}/0003") == f"{root}/0003"
     paths.write_json(f"{root}/sweep.json", {"best": None})
     with pytest.raises(CheckpointError, match="has no best trial yet") as caught:
-        paths.run_of(root)
+        artifacts.run_of(root)
     assert any("--resume" in way for way in caught.value.ways_out)
     for damaged in ("{", "[]", '{"best": "x"}'):
         paths.write_text(f"{root}/sweep.json", damaged)
         with pytest.raises(StorageError, match="cannot be read"):
-            paths.run_of(root)
+            artifacts.run_of(root)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sweeps import recipe_with
 
-from ray_ft import paths
+from ray_ft import artifacts
 from ray_ft.errors import CheckpointError
 from ray_ft.recipe import Recipe
 from ray_ft.train import checkpoint
@@ -63,7 +63,7 @@ def test_a_checkpoint_is_waited_for_only_while_there_is_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    run = paths.RunDir(str(tmp_path))
+    run = artifacts.RunDir(str(tmp_path))
     there: list[tuple[int, str]] = []
     monkeypatch.setattr(checkpoint, "committed", lambda folder: [(8, "old"), *there])
     with pytest.raises(CheckpointError, match="no checkpoint of step 16 or later"):
