@@ -217,7 +217,7 @@ def test_trials_with_workers_give_everything_back(ray_cluster: None, make: Make)
     sweep = made(recipe)
     assert [trial.status for trial in sweep.trials.values()] == ["stopped", "finished", "stopped"]
     assert len(held_groups()) == before
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"] and time.monotonic() < until:
         time.sleep(0.5)
     assert ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
@@ -319,7 +319,8 @@ def test_a_sweep_that_is_killed_goes_on_and_repeats_nothing(
         assert Path(sweep.run_of(trial).metrics).stat().st_mtime_ns == touched
     for number, step in begun.items():
         log = Path(sweep.run_of(sweep.trials[number]).at("logs", "trial.txt")).read_text()
-        assert f"at step {step} of {STEPS}" in log  # it went on, and did not begin again
+        # It went on, and did not begin again; or was at its end, which the sweep had not heard of.
+        assert (f"at step {step} of {STEPS}" if step < STEPS else f"already trained: {STEPS} of {STEPS}") in log
     best = sweep.best()
     assert best is not None
     assert best.settings == {"train.optimizer.lr": 1e-2}
@@ -347,7 +348,8 @@ def test_a_signal_saves_what_runs_and_a_budget_ends_a_sweep(
     make: Make, command: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
     recipe = make(
-        **{"run.name": "told", "tune.scheduler": "none", "tune.asha": {}, "tune.trials": 2, "train.max_steps": 400}
+        **{"run.name": "told", "tune.scheduler": "none", "tune.asha": {}, "tune.trials": 2, "train.max_steps": 400},
+        **{"train.checkpoint.every": 10_000},  # so that none is saved but where it is told to stop
     )
     process = command(recipe)
     wait_for(recipe, lambda trials: any(running(trial) for trial in trials.values()))
@@ -356,7 +358,7 @@ def test_a_signal_saves_what_runs_and_a_budget_ends_a_sweep(
     sweep = Sweep.load(recipe.run.dir.root)
     saved = {n: steps_of(sweep, n) for n, t in sweep.trials.items() if running(t)}
     assert saved
-    assert all(steps and steps[-1] % 100 for steps in saved.values())  # a checkpoint of its own, beside every 100th
+    assert all(saved.values())
     assert "--resume" in (tmp_path / "out.txt").read_text()
     spent = recipe.model_copy(
         update={"tune": recipe.tune.model_copy(update={"budget": recipes.Budget(gpu_hours=1e-6)})}  # type: ignore[union-attr]
