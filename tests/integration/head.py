@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -110,6 +110,15 @@ class Head:
     @property
     def logs(self) -> Path:
         return (self.folder / "session_latest").resolve() / "logs"
+
+    def files(self, below: Path | None = None) -> Iterator[tuple[Path, bytes]]:
+        """Every file below a folder of the head's, all of them if None, with its content; not those that Ray removes
+        meanwhile."""
+        for folder, _, names in os.walk(below or self.folder):
+            for file in (Path(folder, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):
+                    if file.is_file() and not file.is_symlink():
+                        yield file, file.read_bytes()
 
     def processes(self) -> list[psutil.Process]:
         """Every process of this head that lives: Ray's own, workers, jobs and what those started."""

@@ -491,6 +491,7 @@ def _normal(target: Target) -> None:
         f"http://{target.host}:{target.port}{CHAT}",
         json={"model": target.model, "messages": USER, "max_tokens": 2},
         headers={"Authorization": f"Bearer {target.key}"},
+        timeout=60,
     )
     assert answer.status_code == 200
     assert answer.json()["usage"]["completion_tokens"] == 2
