@@ -25,7 +25,7 @@ from types import TracebackType
 import patience
 import psutil
 from ports import free_ports
-from servers import command_line
+from servers import command_line, with_children
 
 STORE = 150 << 20  # bytes of the object store
 MARK = "RAY_FT_TEST_HEAD"
@@ -148,7 +148,7 @@ class Head:
 
     def end(self) -> None:
         for _ in range(20):  # a dying process may start another
-            if not (left := self.processes()):
+            if not (left := with_children(self.processes())):
                 break
             for one in left:
                 with contextlib.suppress(psutil.NoSuchProcess):

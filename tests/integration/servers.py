@@ -58,6 +58,15 @@ def connections(process: psutil.Process) -> list[Any]:
         return []
 
 
+def with_children(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Also those whose environment says nothing: Ray's agents and workers write their title over it."""
+    found = {process.pid: process for process in processes}
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found |= {child.pid: child for child in process.children(recursive=True)}
+    return list(found.values())
+
+
 def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(process.pid).children(recursive=True)
