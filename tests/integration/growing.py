@@ -23,7 +23,7 @@ import patience
 import psutil
 import pytest
 from ports import free_ports
-from servers import command_line
+from servers import command_line, with_children
 
 HEAD = "f" * 51 + "00000"  # the name by which the provider knows its head
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
@@ -78,13 +78,15 @@ class Growing:
 
     def __exit__(self, *_: object) -> None:
         """End the head and all that came from it: the autoscaler, and the nodes that it started."""
+        family = with_children(self._processes())
         self._head.terminate()
-        psutil.wait_procs(self._processes(), timeout=10)
-        while left := self._processes():  # a dying process may start another
+        _, left = psutil.wait_procs(family, timeout=10)
+        while left := [*left, *with_children(self._processes())]:  # a dying process may start another
             for process in left:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(left, timeout=5)
+            left = []
         self._head.wait()
         self._folder.cleanup()
 

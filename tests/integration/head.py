@@ -18,14 +18,14 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
 import patience
 import psutil
 from ports import free_ports
-from servers import command_line
+from servers import command_line, with_children
 
 STORE = 150 << 20  # bytes of the object store
 MARK = "RAY_FT_TEST_HEAD"
@@ -111,6 +111,15 @@ class Head:
     def logs(self) -> Path:
         return (self.folder / "session_latest").resolve() / "logs"
 
+    def files(self, below: Path | None = None) -> Iterator[tuple[Path, bytes]]:
+        """Every file below a folder of the head's, all of them if None, with its content; not those that Ray removes
+        meanwhile."""
+        for folder, _, names in os.walk(below or self.folder):
+            for file in (Path(folder, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):
+                    if file.is_file() and not file.is_symlink():
+                        yield file, file.read_bytes()
+
     def processes(self) -> list[psutil.Process]:
         """Every process of this head that lives: Ray's own, workers, jobs and what those started."""
         mine = []
@@ -139,7 +148,7 @@ class Head:
 
     def end(self) -> None:
         for _ in range(20):  # a dying process may start another
-            if not (left := self.processes()):
+            if not (left := with_children(self.processes())):
                 break
             for one in left:
                 with contextlib.suppress(psutil.NoSuchProcess):

@@ -50,13 +50,38 @@ def command_line(process: psutil.Process) -> str:
         return ""
 
 
+def connections(process: psutil.Process) -> list[Any]:
+    """Its sockets of TCP; none where it has ended, which it may do at any time."""
+    try:
+        return list(process.net_connections("tcp"))
+    except psutil.Error:
+        return []
+
+
+def with_children(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Also those whose environment says nothing: Ray's agents and workers write their title over it."""
+    found = {process.pid: process for process in processes}
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found |= {child.pid: child for child in process.children(recursive=True)}
+    return list(found.values())
+
+
 def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(process.pid).children(recursive=True)
     return []
 
 
-def living(processes: list[psutil.Process]) -> list[str]:
+def living(processes: list[psutil.Process], seconds: float = 30) -> list[str]:
+    """Those that have not ended within so many seconds: what was killed may take a busy machine some."""
+    until = time.monotonic() + seconds
+    while (found := _living(processes)) and time.monotonic() < until:
+        time.sleep(0.1)
+    return found
+
+
+def _living(processes: list[psutil.Process]) -> list[str]:
     found = []
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):

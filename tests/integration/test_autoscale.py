@@ -35,7 +35,7 @@ def seen() -> Iterator[dict[str, Any]]:
     """What `look` saw on a cluster that may have two workers: `small` ones of 2 CPUs, or one of 4 GPUs among them."""
     with Growing(TYPES, max_workers=2) as grown:
         driver = subprocess.run(
-            [sys.executable, __file__], env=grown.env(), capture_output=True, text=True, timeout=240, check=False
+            [sys.executable, __file__], env=grown.env(), capture_output=True, text=True, timeout=500, check=False
         )
         assert driver.returncode == 0, driver.stderr + grown.output()
         yield json.loads(driver.stdout.splitlines()[-1])

@@ -65,8 +65,7 @@ class Place:
         found = [f"printed {at}" for at, text in enumerate(self.printed) if any(each in text for each in values)]
         wanted = [each.encode() for each in values]
         # The session's logs, packages and what else Ray keeps.
-        files = [file for file in self.head.folder.rglob("*") if file.is_file() and not file.is_symlink()]
-        texts = [(str(file.relative_to(self.head.folder)), file.read_bytes()) for file in files]
+        texts = [(str(file.relative_to(self.head.folder)), content) for file, content in self.head.files()]
         texts += [(f"s3 {item.key}", item.get()["Body"].read()) for item in self.bucket.objects.all()]
         found += [name for name, text in texts if any(each in text for each in wanted)]
         for path in [*API, *(f"/api/jobs/{job}{part}" for job in self.jobs() for part in ("", "/logs"))]:

@@ -22,7 +22,7 @@ n:1:1 [0] NCCL INFO Using network Socket
 n:1:2 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM
 """
 DRIVER = """
-import dataclasses, json
+import dataclasses, json, time
 from ray_ft import session
 session.import_ray_for("")
 import ray
@@ -41,9 +41,18 @@ class Other:
     def is_there(self):
         return True
 
+def until_free(count):
+    "What is taken is known with the node's next report."
+    (node,) = ray.nodes()
+    end = time.monotonic() + 60
+    while fabric._free_gpus(node["NodeID"]) != count:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
 with session.connected():
     other = Other.remote()
     assert ray.get(other.is_there.remote())
+    until_free(2)
     nodes = {"this": network.look()}
     fabric.SIZES["nccl"] = (1 << 16, 1 << 20)
     refused = fabric.measure(print)
@@ -52,6 +61,7 @@ with session.connected():
     said = [[dataclasses.asdict(f) for f in fabric.check(m, nodes)] for m in (refused, measured)]
     more = [Other.remote() for _ in range(2)]
     assert all(ray.get([one.is_there.remote() for one in more]))
+    until_free(0)
     full = fabric.measure(print)
 print(json.dumps({"refused": refused, "measured": measured, "full": full, "said": said}))
 """

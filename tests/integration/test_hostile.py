@@ -64,7 +64,7 @@ class Hostile:
     name: str
     parts: Parts
     statuses: tuple[int, ...] = ()
-    seconds: float = 20
+    seconds: float = 60
 
 
 def head(target: Target, method: str, path: str, *lines: str, key: bool = True) -> bytes:
@@ -369,13 +369,13 @@ HOSTILE: list[Hostile] = [
 #: These take as long as the endpoint waits for a client that does not hurry: for a head 10 s, for a body 30 s.
 SLOW: list[Hostile] = [
     Hostile("a body that comes a byte at a time",
-            slow(lambda target: head(target, "POST", CHAT, "Content-Length: 10000"), b" "), (408,), 45),
+            slow(lambda target: head(target, "POST", CHAT, "Content-Length: 10000"), b" "), (408,), 120),
     Hostile("chunks that come a byte at a time",
-            slow(lambda target: head(target, "POST", CHAT, "Transfer-Encoding: chunked"), b"1\r\n \r\n"), (408,), 45),
+            slow(lambda target: head(target, "POST", CHAT, "Transfer-Encoding: chunked"), b"1\r\n \r\n"), (408,), 120),
     Hostile("a head that comes a byte at a time",
-            slow(lambda target: b"GET /health HTTP/1.1\r\nX: ", b"a"), (408,), 45),
-    Hostile("a connection that says nothing", slow(lambda target: b"", b""), (408,), 45),
-    Hostile("a connection of empty lines", slow(lambda target: b"\r\n", b"\r\n"), (408,), 45),
+            slow(lambda target: b"GET /health HTTP/1.1\r\nX: ", b"a"), (408,), 120),
+    Hostile("a connection that says nothing", slow(lambda target: b"", b""), (408,), 120),
+    Hostile("a connection of empty lines", slow(lambda target: b"\r\n", b"\r\n"), (408,), 120),
 ]  # fmt: skip
 
 
@@ -430,9 +430,9 @@ import uvicorn
 import fake_engine as fake
 from serving.gateway import Gateway, Settings
 from serving.gateway import server
-server.HEAD_SECONDS = 3.0
+server.HEAD_SECONDS = 10.0
 logging.basicConfig(level=logging.INFO, filename={log!r})
-settings = Settings(media_domains=("images.example.org",), body_seconds=2)
+settings = Settings(media_domains=("images.example.org",), body_seconds=10)  # a busy machine needs some for 4 MiB
 backend = fake.Backend({engine!r})
 app = Gateway(settings, fake.keys(), [fake.route("demo", backend, vision=True)])
 sys.addaudithook(heard)
@@ -467,7 +467,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         listening.close()
         try:
             base = f"http://127.0.0.1:{port}"
-            fake.wait_until(lambda: _alive(base), 60)
+            fake.wait_until(lambda: _alive(base), 120)
             target = Target("127.0.0.1", port, "demo", fake.KEY)
             _normal(target)
             yield Running(
@@ -475,7 +475,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             )
         finally:
             server.terminate()
-            server.wait(20)
+            server.wait(60)
 
 
 def _alive(base: str) -> bool:
@@ -491,6 +491,7 @@ def _normal(target: Target) -> None:
         f"http://{target.host}:{target.port}{CHAT}",
         json={"model": target.model, "messages": USER, "max_tokens": 2},
         headers={"Authorization": f"Bearer {target.key}"},
+        timeout=60,
     )
     assert answer.status_code == 200
     assert answer.json()["usage"]["completion_tokens"] == 2

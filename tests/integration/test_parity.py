@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_strategies_adapters_and_restores_give_one_result(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.parity", "--quick", "--steps", "4", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -238,31 +238,39 @@ def test_preferences_on_two_workers_as_in_one_process_and_evaluated(
 def test_validation_goes_on_beside_the_training_and_holds_no_step_up(
     ray_cluster: None, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer, slow = during._Validator.answer, 3.0
+    answer, last_step, meanwhile = during._Validator.answer, 200, 20
 
     class Slow(during._Validator):
         def answer(self, prompts: Any) -> during.Answered:
-            found = answer(self, prompts)
-            time.sleep(slow)
-            return found
+            """Not before training has gone on by some steps, for which one that is held up would wait for ever."""
+            begun, until = step(), time.monotonic() + 240
+            while step() < min(begun + meanwhile, last_step):
+                assert time.monotonic() < until, "training does not go on"
+                time.sleep(0.1)
+            return answer(self, prompts)
+
+    def step() -> int:
+        return int((read_metrics(recipe.run.dir) or [{"step": 0}])[-1]["step"])
 
     monkeypatch.setattr(during, "_Validator", Slow)
     out = io.StringIO()
-    settings = {"evaluate.during": {"every": 2, "max_rows": 4, "gpus": 0}, "train.max_steps": 60}
-    recipe = make(**on_ray(name="validated", **settings, **{"train.checkpoint.keep": 100}))
+    settings = {"evaluate.during": {"every": 10, "max_rows": 4, "gpus": 0}, "train.max_steps": last_step}
+    settings |= {"train.checkpoint.every": 10, "train.eval_every": 100, "train.checkpoint.keep": 100}
+    recipe = make(**on_ray(name="validated", **settings))
     outcome = launch.train(recipe, View(Console(file=out, soft_wrap=True)), beside=[during.Validation(recipe)])
     assert outcome.complete
-    steps = [row["step_seconds"] for row in read_metrics(recipe.run.dir)]
-    assert len(steps) == 60 and max(steps) < slow
+    assert "failed" not in out.getvalue()
+    assert len(read_metrics(recipe.run.dir)) == last_step
     results = paths.list_dir(recipe.run.dir.validations)
-    assert results[-1] == "step_00000060.json" and len(results) < 30  # training was faster: steps were passed over
+    # One beside the training at least, and the last; checkpoints between were passed over.
+    assert results[-1] == "step_00000200.json" and 2 <= len(results) <= last_step / meanwhile + 1
     last = paths.read_json(paths.join(recipe.run.dir.validations, results[-1]))
-    assert (last["step"], last["rows"], last["failed"]) == (60, 4, 0) and last["seconds"] > slow
+    assert (last["step"], last["rows"], last["failed"]) == (last_step, 4, 0)
     report = evaluate.evaluate(recipe.run.dir.root, View(Console(quiet=True)), base=False)
     answers = {row["origin"]: row["answer"] for row in report["samples"]}
     asked = {row["origin"]: row["answer"] for row in last["samples"]}
     assert all(answers[origin] == text for origin, text in asked.items() if origin in answers)
-    assert "validation of step 60: exact match" in out.getvalue()
+    assert "validation of step 200: exact match" in out.getvalue()
     assert [name for name in paths.list_dir(recipe.run.dir.tensorboard) if name == "validation"]
 
 
@@ -450,13 +458,22 @@ def begun(recipe: Recipe, folder: Path, until: Callable[[psutil.Popen], bool]) -
     file = folder / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     command = [sys.executable, "-m", "ray_ft", "train", str(file)]
-    process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 240
-    while not until(process):
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    with open(folder / "out.txt", "wb") as out:
+        process = psutil.Popen(command, stdout=out, stderr=out)
+    wait(process, folder, lambda: until(process))
     return process
+
+
+def wait(process: psutil.Popen, folder: Path, true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 240
+    while not true():
+        assert process.poll() is None and time.monotonic() < deadline, said(folder)
+        time.sleep(0.05)
+
+
+def said(folder: Path) -> str:
+    """What the command printed; line breaks are spaces."""
+    return " ".join((folder / "out.txt").read_text(errors="replace").split())
 
 
 def test_ctrl_c_leaves_a_run_that_continues_and_no_process(make: Make, tmp_path: Path) -> None:
@@ -465,10 +482,9 @@ def test_ctrl_c_leaves_a_run_that_continues_and_no_process(make: Make, tmp_path:
     process = begun(recipe, tmp_path, lambda _: bool(read_metrics(recipe.run.dir)))
     family = process.children(recursive=True)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, output
-    assert "the same command continues" in output
-    _, alive = psutil.wait_procs(family, timeout=10)
+    assert process.wait(240) == 130, said(tmp_path)
+    assert "the same command continues" in said(tmp_path)
+    _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
     found = checkpoint.newest(recipe.run.dir.checkpoints)
     assert found is not None
@@ -488,10 +504,10 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(make: Make, tmp_path
     process = begun(recipe, tmp_path, is_time)
     family = process.children(recursive=True)
     process.send_signal(signal.SIGINT)
-    time.sleep(1.5)
+    wait(process, tmp_path, lambda: "Ctrl-C again to stop at once" in said(tmp_path))
+    time.sleep(1.1)  # within a second of the first, a second one is taken for the same
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode == 130, output
-    assert "Ctrl-C again to stop at once" in output
-    _, alive = psutil.wait_procs(family, timeout=10)
+    assert process.wait(60) == 130, said(tmp_path)
+    assert "the same command continues" not in said(tmp_path), "it saved first"
+    _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive

@@ -34,6 +34,9 @@ import fake_engine as fake
 
 #: Set where these tests must not be skipped, as in continuous integration.
 REQUIRE = "RAY_FT_REQUIRE_CHROMIUM"
+#: Milliseconds that a busy machine may take for what the browser shows.
+PATIENCE = 60_000
+expect.set_options(timeout=PATIENCE)
 HOSTILE = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script> [a](javascript:window.hacked=1)'
 EXAMPLES = (
     {
@@ -102,7 +105,7 @@ class Bench:
 
     def done(self, failed: int = 0) -> None:
         """Wait for the end of all answers, of which so many are to have failed."""
-        expect(self.page.get_by_role("button", name="Send")).to_be_visible(timeout=10_000)
+        expect(self.page.get_by_role("button", name="Send")).to_be_visible()
         said = self.page.locator(".failed").all_text_contents()
         assert len(said) == failed, said
 
@@ -140,7 +143,7 @@ def bench(browser: Browser) -> Iterator[OpenBench]:
             context = browser.new_context()
             stack.callback(context.close)
             page = context.new_page()
-            page.set_default_timeout(10_000)
+            page.set_default_timeout(PATIENCE)
             seen = Seen()
             seen.watch(page)
             page.goto(f"{base}/playground/{fragment}")
@@ -190,23 +193,34 @@ def test_a_key_in_the_address_is_taken_and_removed(bench: OpenBench) -> None:
 # ----------------------------------------------------------------------------------------------------------- answering
 
 
+#: When the answer's text changed, and when its figures came, in milliseconds.
+WATCH = """
+window.seen = [];
+const shown = (node) => node.parentElement?.matches(".text") || node.matches?.(".stats");
+new MutationObserver((changes) => {
+  if (changes.some((change) => shown(change.target))) seen.push(performance.now());
+}).observe(document.getElementById("talk"), { subtree: true, childList: true, characterData: true });
+"""
+
+
 def test_an_answer_arrives_piece_by_piece_with_its_figures(bench: OpenBench) -> None:
     b = bench()
-    b.engine.tokens, b.engine.rate = ("eins ", "zwei ", "drei "), 20
+    b.engine.tokens, b.engine.rate = ("eins ", "zwei ", "drei "), 10
+    b.page.evaluate(WATCH)
     b.page.get_by_label("Longest answer, in tokens").fill("12")
     b.ask("Count!")
     text = b.answers.locator(".text").first
-    lengths: set[int] = set()
-    while b.page.get_by_role("button", name="Stop").is_visible():
-        lengths.add(len(text.text_content() or ""))
-    assert len(lengths) >= 4
     expect(text).to_have_text("eins zwei drei " * 4)
+    b.done()
     stats = b.answers.locator(".stats")
     expect(stats).to_contain_text("1 → 12 tokens")
     expect(stats).to_contain_text("first after")
     expect(stats).to_contain_text("cut off at the longest answer")
     rate = float((stats.text_content() or "").split("·")[-1].split()[0])
-    assert 10 < rate < 25  # it gives 20 a second; this machine may be slow, and is never faster
+    # As the page itself was seen to change: how fast that goes is also this machine's affair.
+    first, *_, last = seen = b.page.evaluate("seen")
+    assert len(seen) >= 4
+    assert rate == pytest.approx(11 / (last - first) * 1000, rel=0.2)
     (body,) = b.bodies()
     assert body["messages"] == [{"role": "user", "content": "Count!"}]
     assert (body["temperature"], body["max_tokens"], body["stream"]) == (0, 12, True)
@@ -251,23 +265,24 @@ def test_settings_are_sent(bench: OpenBench) -> None:
 
 def test_stop_ends_the_answer_and_the_engines_work(bench: OpenBench) -> None:
     b = bench()
-    b.engine.tokens, b.engine.rate = ("word ",), 20
+    b.engine.tokens, b.engine.rate = ("word ",), 5
     b.ask("Go on for ever")
     expect(b.answers.locator(".text")).to_contain_text("word word")
     b.page.get_by_role("button", name="Stop").click()
     expect(b.answers.locator(".stats")).to_have_text("stopped")
     b.done()
     assert b.answers.locator(".failed").count() == 0
-    fake.wait_until(lambda: b.engine.cancelled == 1)
+    fake.wait_until(lambda: b.engine.cancelled == 1, 60)
     assert len(b.answers.locator(".text").text_content() or "") < 100 * len("word ")
 
 
 def test_base_and_tuned_answer_side_by_side_and_at_once(bench: OpenBench) -> None:
     b = bench()
-    b.engine.rate = 10
+    b.engine.rate = 0.5  # until both are seen
     b.page.get_by_label("beside the base model").check()
     b.ask("one two three four")
-    fake.wait_until(lambda: b.engine.running == 2)
+    fake.wait_until(lambda: b.engine.running == 2, 60)
+    b.engine.rate = 0
     b.done()
     assert b.answers.locator("h3").all_text_contents() == ["tuned-base", "tuned"]
     expect(b.answers.nth(0).locator(".text")).to_have_text("tuned-base says: one two three four ")
@@ -277,7 +292,6 @@ def test_base_and_tuned_answer_side_by_side_and_at_once(bench: OpenBench) -> Non
     assert right is not None
     assert left["y"] == right["y"]
     assert left["x"] < right["x"]
-    b.engine.rate = 0
     b.ask("and then?")  # each goes on with its own answer
     b.done()
     second = {body["model"]: body["messages"] for body in b.bodies()[2:]}
@@ -455,16 +469,17 @@ def test_no_room(bench: OpenBench) -> None:
         with httpx.stream(
             "POST", f"{b.base}/v1/chat/completions", json=asked, headers=fake.HEADERS, timeout=60
         ) as answer:
-            over.wait(30)
+            over.wait(240)
             assert answer is not None
 
     over = threading.Event()
     fillers = [threading.Thread(target=fill, daemon=True) for _ in range(2)]
     fillers[0].start()
-    fake.wait_until(lambda: b.engine.running == 1)
+    fake.wait_until(lambda: b.engine.running == 1, 60)
     fillers[1].start()
     metrics = f"{b.base}/metrics"
-    fake.wait_until(lambda: 'gateway_waiting{model="tuned"} 1.0' in httpx.get(metrics, headers=fake.ADMIN).text)
+    waiting = 'gateway_waiting{model="tuned"} 1.0'
+    fake.wait_until(lambda: waiting in httpx.get(metrics, headers=fake.ADMIN, timeout=60).text, 60)
     try:
         assert _said(b).startswith("The model has no room for this request at the moment.")
     finally:
@@ -512,7 +527,7 @@ def test_a_report_opens_without_network_and_draws_its_charts(
         tables = page.locator("table")
         if script:
             drawn = page.locator("html[data-drawn]")
-            expect(drawn).to_have_count(1, timeout=20_000)
+            expect(drawn).to_have_count(1)
             charts = page.locator(".chart")
             assert charts.count() == int(drawn.get_attribute("data-drawn") or 0) >= 8
             assert all(chart.locator("svg.main-svg").count() for chart in charts.all())
@@ -520,7 +535,7 @@ def test_a_report_opens_without_network_and_draws_its_charts(
             fit = "charts => charts.every(chart => chart.querySelector('svg').clientWidth <= chart.clientWidth)"
             for width in (1280, 400):
                 page.set_viewport_size({"width": width, "height": 800})
-                fake.wait_until(partial(charts.evaluate_all, fit))
+                fake.wait_until(partial(charts.evaluate_all, fit), PATIENCE / 1000)
                 assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
             page.evaluate("dispatchEvent(new Event('beforeprint'))")
             page.emulate_media(media="print", color_scheme="dark")

@@ -11,6 +11,7 @@ Some 100 s on two cores that have little else to do.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -34,7 +35,7 @@ import pytest
 import yaml
 from ports import free_ports
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
 REGION = "us-east-2"
@@ -191,7 +192,7 @@ import sys, ray
 address = sys.argv[1]
 ray.init(address=address, _node_ip_address=address.split(":")[0], log_to_driver=False)
 place = ray.remote(num_cpus=1)(lambda: ray.util.get_node_ip_address())
-print("ran on", ray.get(place.remote(), timeout=240))
+print("ran on", ray.get(place.remote(), timeout=480))
 """
 
 
@@ -228,7 +229,7 @@ class Laptop:
             "RAY_UP_enable_autoscaler_v2": "1", "RAY_USAGE_STATS_ENABLED": "0", "TMPDIR": str(folder),
         }  # fmt: skip
 
-    def ray(self, verb: str, *options: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+    def ray(self, verb: str, *options: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """`ray up cluster/aws.yaml` and the like, from the repository's root."""
         ray = [sys.executable, "-m", "ray.scripts.scripts", verb, str(self._file), *options]
         return subprocess.run(
@@ -239,9 +240,12 @@ class Laptop:
     def logs(self, pattern: str) -> str:
         return "".join(file.read_text(errors="replace") for file in self.temp.glob(f"session_2*/logs/{pattern}"))
 
-    def left(self) -> list[psutil.Process]:
-        """Processes on machines."""
-        return [one for one in psutil.process_iter() if home_of(one).startswith(f"{self.machines}/")]
+    def end(self) -> None:
+        """End what is left on the machines."""
+        for process in psutil.process_iter():
+            if home_of(process).startswith(f"{self.machines}/"):
+                with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                    process.kill()
 
 
 def home_of(process: psutil.Process) -> str:
@@ -256,7 +260,7 @@ def executable(file: Path, text: str) -> None:
     file.chmod(0o755)
 
 
-def until(true: Callable[[], Any], seconds: float = 240) -> bool:
+def until(true: Callable[[], Any], seconds: float = 480) -> bool:
     end = time.monotonic() + seconds
     while not (is_so := bool(true())) and time.monotonic() < end:
         time.sleep(0.5)
@@ -337,8 +341,7 @@ def seen(aws: Aws, shipped: dict[str, Any]) -> Iterator[dict[str, Any]]:
         seen["volumes"] = aws.client("ec2").describe_volumes()["Volumes"]
         yield seen
     finally:
-        for process in laptop.left():
-            process.kill()
+        laptop.end()
         shutil.rmtree(folder, ignore_errors=True)
 
 

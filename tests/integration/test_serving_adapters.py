@@ -17,7 +17,7 @@ import pytest
 
 from ray_ft.recipe import Gateway, Serve
 from tests.integration import test_hostile as hostile
-from tests.integration.servers import KEY, Served, command_line, serving
+from tests.integration.servers import KEY, Served, command_line, connections, serving
 from tests.integration.test_serving import MESSAGES, get, write_export
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
@@ -157,10 +157,9 @@ def test_hostile_requests_change_nothing(served: Served) -> None:
     faults = [hostile.check(case, hostile.ask(case, target)) for case in hostile.HOSTILE]
     assert [fault for fault in faults if fault] == []
     remote = [
-        (process.name(), connection.raddr)
+        (command_line(process), connection.raddr)
         for process in served.processes
-        if process.is_running()
-        for connection in process.net_connections(kind="tcp")
+        for connection in connections(process)
         if connection.raddr and not connection.raddr.ip.removeprefix("::ffff:").startswith(("127.", "::1"))
     ]
     assert remote == [], "nothing connects to another machine"

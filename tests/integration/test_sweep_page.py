@@ -42,8 +42,8 @@ def test_the_page_is_drawn_and_fits(make_recipe: Callable[..., Recipe], tmp_path
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda told: errors.append(told.text) if told.type in ("error", "warning") else None)
         page.goto(f"file://{location}")
-        expect(page.locator("html[data-drawn='4']")).to_have_count(1, timeout=20_000)
-        expect(page.locator("h1")).to_contain_text("complete: 16 trials")
+        expect(page.locator("html[data-drawn='4']")).to_have_count(1, timeout=60_000)
+        expect(page.locator("h1")).to_contain_text("complete: 16 trials", timeout=60_000)
         charts = page.locator(".chart")
         assert [chart.locator("svg.main-svg").count() > 0 for chart in charts.all()] == [True] * 4
         lines = ".scatterlayer path.js-line"
@@ -53,7 +53,7 @@ def test_the_page_is_drawn_and_fits(make_recipe: Callable[..., Recipe], tmp_path
         fits = "charts => charts.every(chart => chart.querySelector('svg').clientWidth <= chart.clientWidth)"
         for width in (1280, 390):
             page.set_viewport_size({"width": width, "height": 800})
-            fake.wait_until(partial(charts.evaluate_all, fits))
+            fake.wait_until(partial(charts.evaluate_all, fits), 60)
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         browser.close()
     assert errors == []

@@ -208,16 +208,17 @@ def test_trials_with_workers_give_everything_back(ray_cluster: None, make: Make)
             "train.strategy": "fsdp",
             "train.max_steps": 8,
             "tune.search": "grid",
-            "tune.space": {"train.optimizer.lr": {"grid": [1e-6, 1e-2, 1e-5]}},
+            # The best begins first: where the others came to the rung before it, the better of them would go on, too.
+            "tune.space": {"train.optimizer.lr": {"grid": [1e-2, 1e-6, 1e-5]}},
             "tune.concurrency": 2,
             "tune.asha": {"first": 0.5, "eta": 2},
         }
     )
     before = len(held_groups())
     sweep = made(recipe)
-    assert [trial.status for trial in sweep.trials.values()] == ["stopped", "finished", "stopped"]
+    assert [trial.status for trial in sweep.trials.values()] == ["finished", "stopped", "stopped"]
     assert len(held_groups()) == before
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"] and time.monotonic() < until:
         time.sleep(0.5)
     assert ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
@@ -319,7 +320,8 @@ def test_a_sweep_that_is_killed_goes_on_and_repeats_nothing(
         assert Path(sweep.run_of(trial).metrics).stat().st_mtime_ns == touched
     for number, step in begun.items():
         log = Path(sweep.run_of(sweep.trials[number]).at("logs", "trial.txt")).read_text()
-        assert f"at step {step} of {STEPS}" in log  # it went on, and did not begin again
+        # It went on, and did not begin again; or was at its end, which the sweep had not heard of.
+        assert (f"at step {step} of {STEPS}" if step < STEPS else f"already trained: {STEPS} of {STEPS}") in log
     best = sweep.best()
     assert best is not None
     assert best.settings == {"train.optimizer.lr": 1e-2}
@@ -347,7 +349,8 @@ def test_a_signal_saves_what_runs_and_a_budget_ends_a_sweep(
     make: Make, command: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
     recipe = make(
-        **{"run.name": "told", "tune.scheduler": "none", "tune.asha": {}, "tune.trials": 2, "train.max_steps": 400}
+        **{"run.name": "told", "tune.scheduler": "none", "tune.asha": {}, "tune.trials": 2, "train.max_steps": 400},
+        **{"train.checkpoint.every": 10_000},  # so that none is saved but where it is told to stop
     )
     process = command(recipe)
     wait_for(recipe, lambda trials: any(running(trial) for trial in trials.values()))
@@ -356,7 +359,7 @@ def test_a_signal_saves_what_runs_and_a_budget_ends_a_sweep(
     sweep = Sweep.load(recipe.run.dir.root)
     saved = {n: steps_of(sweep, n) for n, t in sweep.trials.items() if running(t)}
     assert saved
-    assert all(steps and steps[-1] % 100 for steps in saved.values())  # a checkpoint of its own, beside every 100th
+    assert all(saved.values())
     assert "--resume" in (tmp_path / "out.txt").read_text()
     spent = recipe.model_copy(
         update={"tune": recipe.tune.model_copy(update={"budget": recipes.Budget(gpu_hours=1e-6)})}  # type: ignore[union-attr]

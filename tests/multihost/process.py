@@ -9,6 +9,8 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+END_SECONDS = 60  # in which a process has to end, with all that a busy machine has to take back from it
+
 
 def pids() -> Iterator[int]:
     return (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
@@ -27,17 +29,22 @@ def began(pid: int) -> int:
     return 0
 
 
-def children(parent: int) -> list[int]:
-    found = []
-    for pid in pids():
-        with contextlib.suppress(OSError):
-            if int(_stat(pid)[1]) == parent:
-                found.append(pid)
-    return found
+def children(above: int) -> list[int]:
+    return [pid for pid in pids() if parent(pid) == above]
 
 
 def command_line(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    """Empty where the process has ended, which it may do at any time."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    return ""
+
+
+def parent(pid: int) -> int:
+    """0 where the process has ended."""
+    with contextlib.suppress(OSError):
+        return int(_stat(pid)[1])
+    return 0
 
 
 def end(pid: int, start: int, number: int) -> None:
@@ -49,7 +56,7 @@ def end(pid: int, start: int, number: int) -> None:
         try:
             if began(pid) == start:
                 signal.pidfd_send_signal(watch, number)
-                if not select.select([watch], [], [], 20)[0]:
+                if not select.select([watch], [], [], END_SECONDS)[0]:
                     raise TimeoutError(f"process {pid} does not end")
         finally:
             os.close(watch)

@@ -18,7 +18,7 @@ import yaml
 
 from ray_ft.demo import PROMPT, DemoPaths, write_demo
 
-from .testbed import Bed
+from .testbed import NODES_SECONDS, Bed
 
 pytestmark = [pytest.mark.multihost, pytest.mark.slow, pytest.mark.timeout(600)]
 SITE = Path(ray.__file__).parents[1]
@@ -142,9 +142,8 @@ def test_each_planted_fault_is_named(bed: Bed, recipe: Path, shared: Path, demo_
 def restart(bed: Bed, host: int) -> None:
     """Ray on the host starts anew, and with it all that it started."""
     before = {node["id"] for node in bed.nodes()}
-    (raylet,) = bed.processes(host, "raylet/raylet ")
-    os.kill(raylet, signal.SIGKILL)
-    end = time.monotonic() + 90
+    os.kill(bed.raylet(host), signal.SIGKILL)
+    end = time.monotonic() + NODES_SECONDS
     while not any(n["address"] == bed.address(host) and n["alive"] and n["id"] not in before for n in bed.nodes()):
         assert time.monotonic() < end, bed.logs()
         time.sleep(0.5)

@@ -7,9 +7,11 @@ the bit. A second run is elastic, under the other strategy, and is compared with
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,10 +27,10 @@ from ray_ft.train.schedule import total_steps
 from ray_ft.view import View
 
 from .judge import Verdict, judge
-from .testbed import Bed
+from .testbed import NODES_SECONDS, RAYLET, Bed
 from .training import DEALER, Local, OnBed, Recovery, Training
 
-pytestmark = [pytest.mark.multihost, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.multihost, pytest.mark.slow, pytest.mark.timeout(600)]
 EVERY = 8  # steps between checkpoints
 HANG = 6  # seconds
 
@@ -134,7 +136,7 @@ def test_a_worker_hangs(run: Training) -> None:
 
 def test_a_raylet_is_killed(run: Training, stage: Stage) -> None:
     further(run)
-    (raylet,) = stage.bed.processes(2, "raylet/raylet ")
+    raylet = stage.bed.raylet(2)
     before = run.output().count("failure 1 of 3")
     check(run.strike("raylet", lambda: os.kill(raylet, signal.SIGKILL)))
     assert run.output().count("failure 1 of 3") == before + 1
@@ -153,7 +155,7 @@ def test_the_command_is_told_to_end_and_given_again(run: Training) -> None:
 
     def stop() -> None:
         run.signal(signal.SIGTERM)
-        assert run.end(60) == 128 + signal.SIGTERM
+        assert run.end(180) == 128 + signal.SIGTERM
         assert "stopping after this step, with a checkpoint" in run.output()
         assert run.committed() == run.step()
         run.begin()
@@ -168,7 +170,7 @@ def test_the_command_is_killed_and_given_again(run: Training) -> None:
 
     def kill() -> None:
         run.signal(signal.SIGKILL)
-        assert run.end(30) == 128 + signal.SIGKILL
+        assert run.end(60) == 128 + signal.SIGKILL
         run.begin()
 
     check(run.strike("SIGKILL of the command", kill))
@@ -179,18 +181,23 @@ def test_the_head_loses_its_power_and_the_command_is_given_again(run: Training, 
 
     def lose() -> None:
         stage.bed.kill(0)
-        run.end(30)
+        run.end(60)
         stage.bed.start_host(0)
-        stage.bed.wait_nodes(1)
+        head = stage.bed.address(0)
+        until = time.monotonic() + NODES_SECONDS
+        while not any(node["alive"] and node["address"] == head for node in stage.bed.nodes()):
+            assert time.monotonic() < until, stage.bed.logs()
+            time.sleep(0.2)
         # Left alone the other raylets find out after a minute that this is another head, and start anew; who starts a
         # head again does not wait for that.
         for host in (1, 2):
-            for raylet in stage.bed.processes(host, "raylet/raylet "):
-                os.kill(raylet, signal.SIGKILL)
-        stage.bed.wait_nodes(3, 120)
+            for raylet in stage.bed.processes(host, RAYLET):
+                with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                    os.kill(raylet, signal.SIGKILL)
+        stage.bed.wait_nodes(3)
         run.begin()
 
-    check(run.strike("head", lose, 200))
+    check(run.strike("head", lose, 400))
 
 
 def test_the_run_ends_as_one_that_nobody_disturbed(undisturbed: None, run: Training, stage: Stage) -> None:
@@ -199,8 +206,7 @@ def test_the_run_ends_as_one_that_nobody_disturbed(undisturbed: None, run: Train
     assert verdict.broken(limit=0) == [], verdict
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.timeout(700)  # it takes more than four minutes on two idle cores
+@pytest.mark.timeout(1500)  # it takes more than four minutes on two idle cores
 def test_an_elastic_run_goes_on_with_fewer_hosts_and_grows_again(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other cost a busy machine minutes
     # As many epochs as it takes for hosts to come back before the rows end. At this rate rounding stays at 2e-7 over

@@ -23,7 +23,7 @@ from . import inside, process
 from .testbed import PORT, Background, Bed
 from .training import WORKER
 
-pytestmark = [pytest.mark.multihost, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.multihost, pytest.mark.slow, pytest.mark.timeout(1500)]
 HEAD, WORK, LAPTOP = range(3)
 NODES = (HEAD, WORK)
 STEPS = 12
@@ -38,7 +38,8 @@ ASK = """
 import os
 os.environ["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"
 from ray._raylet import GcsClient
-print("nodes", len(GcsClient(address=os.environ["RAY_ADDRESS"]).get_all_node_info(timeout=10)))
+found = GcsClient(address=os.environ["RAY_ADDRESS"]).get_all_node_info(timeout=10).values()
+print("nodes", sum(one.state == 0 for one in found))
 """
 JOIN = """
 import ray
@@ -91,7 +92,7 @@ class Site:
         return done
 
     def up(self) -> str:
-        done = self.laptop(f"ray up -y --no-config-cache {self.file} </dev/null 2>&1", timeout=240)
+        done = self.laptop(f"ray up -y --no-config-cache {self.file} </dev/null 2>&1", timeout=480)
         assert done.returncode == 0, done.stdout
         return str(done.stdout)
 
@@ -100,20 +101,21 @@ class Site:
         # Asking costs a busy machine more than Ray itself: not before there is something to be asked about.
         until(lambda: self.bed.processes(WORK, "DashboardAgent"), 300, self.monitor)
         ask = "ray list nodes --format json --filter state=ALIVE 2>/dev/null || true"
-        until(lambda: self.node(HEAD, ask).stdout.count('"node_id"') == len(NODES), 120, self.monitor)
+        until(lambda: self.node(HEAD, ask).stdout.count('"node_id"') == len(NODES), 300, self.monitor)
 
     def monitor(self) -> str:
         """What the autoscaler on the head says."""
         return self.node(HEAD, "tail -n 60 /tmp/ray/session_latest/logs/monitor*").stdout
 
     def down(self) -> str:
-        done = self.laptop(f"ray down -y {self.file} </dev/null 2>&1", timeout=120)
+        done = self.laptop(f"ray down -y {self.file} </dev/null 2>&1", timeout=240)
         assert done.returncode == 0, done.stdout
         return str(done.stdout)
 
     def of_ray(self) -> dict[int, list[str]]:
         """Ray's processes on the nodes."""
-        return {host: [process.command_line(pid) for pid in self.bed.processes(host, RAY)] for host in NODES}
+        said = {host: map(process.command_line, self.bed.processes(host, RAY)) for host in NODES}
+        return {host: list(filter(None, lines)) for host, lines in said.items()}
 
 
 def until(condition: Callable[[], Any], seconds: float, state: Callable[[], Any] = lambda: "") -> None:
@@ -161,7 +163,7 @@ def demo(site: Site) -> DemoPaths:
 def dashboard(site: Site) -> Iterator[Background]:
     """The head's dashboard at the laptop's port, as `ray dashboard` brings it there."""
     forward = site.laptop(f"ray dashboard {site.file}", background=True)
-    until(lambda: site.laptop(connect("127.0.0.1")).returncode == 0, 120, forward.output)
+    until(lambda: site.laptop(connect("127.0.0.1")).returncode == 0, 240, forward.output)
     yield forward
     forward.signal(15)
 

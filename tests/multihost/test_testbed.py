@@ -18,12 +18,12 @@ import pytest
 from . import inside, process, testbed
 from .testbed import HEALTH, Bed, BedError
 
-pytestmark = [pytest.mark.multihost, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.multihost, pytest.mark.timeout(900)]
 #: Seconds in which the head has to know of a lost node, by the limits that it was given; what a busy machine adds.
 NOTICED = 1 + HEALTH["health_check_failure_threshold"] * (
     (HEALTH["health_check_period_ms"] + HEALTH["health_check_timeout_ms"]) / 1000
 )
-BUSY = 15
+BUSY = 60
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def bed(shared: Path) -> Iterator[Bed]:
         yield bed
 
 
-def until(condition: Callable[[], Any], seconds: float = 15) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
     end = time.monotonic() + seconds
     while not (answer := condition()):
         assert time.monotonic() < end, f"still not after {seconds} s"
@@ -60,7 +60,7 @@ def test_hosts_meet_by_address_and_by_name(bed: Bed) -> None:
         server = bed.shell(1, [sys.executable, "-c", serve], background=True)
         ask = f"import socket; print(socket.create_connection(('{name}', 7000)).recv(99).decode())"
         until(functools.partial(answers, ask))
-        assert server.wait(10) == 0
+        assert server.wait(60) == 0
     assert bed.shell(1, "hostname").stdout.strip() == bed.host_name(1)
 
 
@@ -86,16 +86,16 @@ def test_a_host_sees_its_own_processes_and_folders(bed: Bed, shared: Path) -> No
 def test_a_command_in_the_background_can_be_signalled(bed: Bed) -> None:
     running = bed.shell(1, ["sleep", "1000"], background=True)
     assert running.poll() is None
-    assert running.pid in bed.processes(1, "^sleep 1000")
+    until(lambda: running.pid in bed.processes(1, "^sleep 1000"))  # it begins as a copy of what starts it
     running.signal(signal.SIGTERM)
-    assert running.wait(10) == 143
+    assert running.wait(60) == 143
     said = bed.shell(1, "echo $WORD; exit 3", env={"WORD": "yes"}, background=True)
-    assert said.wait(10) == 3
+    assert said.wait(60) == 3
     assert said.output() == "yes\n"
 
 
 def test_ray_asks_for_the_token(bed: Bed) -> None:
-    ask = [sys.executable, "-c", testbed.NODES + "print(len(table()))"]
+    ask = [sys.executable, "-c", testbed.NODES + "print(sum(node['alive'] for node in table()))"]
     assert bed.shell(1, ask).stdout.strip() == "3"
     refused = bed.shell(1, ask, env={"RAY_AUTH_MODE": "disabled"})
     assert refused.returncode != 0
@@ -113,13 +113,12 @@ def test_ray_notices_faults_and_what_comes_back(bed: Bed) -> None:
     # A host loses its network, and only falls silent. Meanwhile another one loses its raylet, and starts a new one.
     bed.cut(2)
     began = time.monotonic()
-    (raylet,) = bed.processes(1, "raylet/raylet ")
-    os.kill(raylet, signal.SIGKILL)
+    os.kill(bed.raylet(1), signal.SIGKILL)
     until(lambda: bed.address(2) not in alive(bed), NOTICED + BUSY)
     assert time.monotonic() - began > HEALTH["health_check_timeout_ms"] / 1000  # by missing answers, not by a goodbye
     assert bed.processes(2, "raylet/raylet ")  # on the side that was cut off, life goes on
     bed.heal(2)
-    until(lambda: returned(1, first), 60)
+    until(lambda: returned(1, first), testbed.NODES_SECONDS)
     # A host loses its power, and meanwhile the one that was cut off finds that it has been given up.
     second = alive(bed)
     bed.kill(1)
@@ -128,8 +127,10 @@ def test_ray_notices_faults_and_what_comes_back(bed: Bed) -> None:
         bed.processes(1)
     until(lambda: bed.address(1) not in alive(bed), NOTICED + BUSY)
     bed.start_host(1)
-    nodes = bed.wait_nodes(3, 90)
-    assert len(nodes) == 6  # as Ray knew them: three of the first, the two that came back, and the one started anew
+    nodes = bed.wait_nodes(3)
+    # As Ray knew them: three of the first, the two that came back, and the one started anew; more where one took
+    # several tries to come up.
+    assert len(nodes) >= 6
     assert returned(1, second)
     assert returned(2, first)
     assert alive(bed)[bed.address(0)] == first[bed.address(0)]
@@ -150,8 +151,9 @@ from tests.multihost.testbed import Bed
 bed = Bed(hosts=2, ray=False)
 bed.start()
 sleeping = bed.shell(1, "sleep 1000 & exec -a escaped setsid sleep 1000", background=True)
-time.sleep(0.3)
-print(json.dumps([bed.name, bed._state["switch"], bed.hosts, bed.processes(1, "sleep|escaped")]), flush=True)
+while len(found := bed.processes(1, "^(sleep|escaped) ")) < 2:
+    time.sleep(0.05)
+print(json.dumps([bed.name, bed._state["switch"], bed.hosts, found]), flush=True)
 time.sleep(1000)
 """
 

@@ -53,6 +53,10 @@ HEALTH = {
     "health_check_failure_threshold": 3,
 }
 OBJECT_STORE = 100 << 20  # bytes; Ray refuses less than 75 MB
+START_SECONDS = 60  # for a command in the background to be there, on a busy machine
+#: For nodes to be alive. Ray ends one that is not up after 30 s; on a busy machine it takes the service several tries.
+NODES_SECONDS = 180
+RAYLET = "raylet/raylet "
 
 
 class BedError(RuntimeError):
@@ -192,7 +196,7 @@ class Bed:
             for host in range(len(self.hosts)):
                 self.start_host(host)
             if self._state["ray"]:
-                self.wait_nodes(len(self.hosts), timeout=120)
+                self.wait_nodes(len(self.hosts))
         except BaseException:
             self.stop()
             raise
@@ -203,7 +207,7 @@ class Bed:
             keeper = json.loads((self.folder / "keeper.json").read_text())
             process.end(keeper["pid"], keeper["began"], signal.SIGTERM)
         if self._keeper:
-            self._keeper.wait(20)
+            self._keeper.wait(process.END_SECONDS)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start_keeper(self) -> None:
@@ -384,7 +388,8 @@ class Bed:
                 start_new_session=True,
                 cwd=inside.REPOSITORY,
             )
-        for _ in range(500):
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
             if (children := process.children(outer.pid)) or outer.poll() is not None:
                 return Background(outer, children[0] if children else outer.pid, log)
             time.sleep(0.01)
@@ -405,11 +410,17 @@ class Bed:
                     found.append(pid)
         return sorted(found)
 
+    def raylet(self, host: int) -> int:
+        """Process id, of the machine, of the host's raylet, without what it is about to start, which has its name."""
+        found = self.processes(host, RAYLET)
+        (raylet,) = [pid for pid in found if process.parent(pid) not in found]
+        return raylet
+
     def nodes(self) -> list[dict[str, Any]]:
         """What Ray says on the head: {address, alive, id} of each node that it ever knew."""
-        return self._ask_nodes("answer = table()", 60)
+        return self._ask_nodes("answer = table()", NODES_SECONDS)
 
-    def wait_nodes(self, count: int, timeout: float = 60) -> list[dict[str, Any]]:
+    def wait_nodes(self, count: int, timeout: float = NODES_SECONDS) -> list[dict[str, Any]]:
         """Wait until `count` nodes are alive, as Ray says. Returns what `nodes` does.
 
         Raises:
@@ -471,7 +482,11 @@ def sweep() -> list[str]:
         try:
             keeper = json.loads((folder / "keeper.json").read_text())
         except (FileNotFoundError, ValueError):
-            if time.time() - folder.stat().st_mtime < 60:  # it is being made just now
+            try:
+                made = folder.stat().st_mtime
+            except FileNotFoundError:  # its keeper removes it just now
+                continue
+            if time.time() - made < 60:  # it is being made just now
                 continue
             keeper = {"pid": 0, "began": 0}
         if process.began(keeper["pid"]) != keeper["began"]:

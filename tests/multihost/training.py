@@ -80,9 +80,8 @@ class Local:
         while above:
             for pid in process.children(above.pop()):
                 above.append(pid)
-                with contextlib.suppress(OSError):  # it ended meanwhile
-                    if re.search(pattern, process.command_line(pid)):
-                        found.append(pid)
+                if re.search(pattern, process.command_line(pid)):
+                    found.append(pid)
         return sorted(found)
 
 
@@ -218,7 +217,7 @@ class Training:
 
     # ------------------------------------------------------------------------------------------------------- faults
 
-    def strike(self, fault: str, do: Callable[[], Any], timeout: float = 120) -> Recovery:
+    def strike(self, fault: str, do: Callable[[], Any], timeout: float = 240) -> Recovery:
         """Do a fault, and wait until a step after the one that training went on at is finished."""
         before = len(self.resumptions())
         highest, rows = self.step(), self._rows()
