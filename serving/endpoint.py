@@ -16,6 +16,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+import aiohttp
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import RayServeException
@@ -26,7 +27,7 @@ from serving.front import Server
 from serving.gateway import server
 from serving.gateway.gateway import Gateway
 from serving.gateway.keys import Keys
-from serving.gateway.routes import NoPlace, Place, Route
+from serving.gateway.routes import EngineGone, NoPlace, Place, PlaceEnded, Route
 from serving.gateway.settings import Settings
 from serving.loopback import listen_on_loopback
 from serving.places import Held, Places
@@ -57,8 +58,11 @@ class ServeBackend:
         held = await self._places.take()
         try:
             yield held.place
-        except BaseException:
-            self._places.give_up(held)
+        except PlaceEnded:
+            raise
+        except BaseException as error:
+            # Any other place lasts until it is seen as unused.
+            self._places.give_up(held, gone=isinstance(error, EngineGone | aiohttp.ClientError | OSError))
             raise
         self._places.give_back(held)
 
@@ -73,6 +77,11 @@ class ServeBackend:
                     raise NoPlace(f"{self.name}: {type(error).__name__}") from error
             except (RayError, RayServeException, StopAsyncIteration) as error:
                 raise NoPlace(f"{self.name}: {type(error).__name__}") from error
+            except asyncio.CancelledError:
+                call.cancel()
+                if asyncio.current_task().cancelling():  # type: ignore[union-attr] # it runs in one
+                    raise
+                raise NoPlace(f"{self.name}: Serve broke the call off") from None
             except BaseException:
                 call.cancel()
                 raise

@@ -28,6 +28,7 @@ from ray_ft.vllm_needs import (
     lora_rank,
     smallest_split,
 )
+from serving.front import LONGEST_SECONDS
 from serving.models import Model
 
 if TYPE_CHECKING:
@@ -178,7 +179,8 @@ def plan(model: Model, cluster: Cluster) -> Plan:
         "target_requests": serve["target_requests"] or max(sequences // 2, 1),
         "max_num_seqs": sequences,
         "stall_seconds": gateway["stall_seconds"],
-        "drain_seconds": gateway["timeout_seconds"],
+        # The last request that a place takes, and all that it may take (serving/front.py).
+        "drain_seconds": gateway["timeout_seconds"] + LONGEST_SECONDS,
         "engine": engine,
         "env": env,
     }

@@ -28,7 +28,8 @@ TICKET = "x-ray-ft-ticket"
 ENDED = (b"x-ray-ft-place", b"ended")  # tells a refusal from one by the engine
 ANSWERED = ("/v1/chat/completions", "/v1/completions", "/v1/classify")
 UNUSED_SECONDS = 30.0  # a gateway that was given a place asks at once; one that died never does
-KEPT_SECONDS = 0.5  # for which the place of an answered request waits for another one
+KEPT_SECONDS = 0.3  # for which the place of an answered request waits for another one
+LONGEST_SECONDS = 5.0  # after which a place takes no other request: Serve is to choose again, and to be able to drain
 STOP_SECONDS = 5
 
 Scope = MutableMapping[str, Any]
@@ -76,9 +77,11 @@ class Front:
         ticket = self._tickets[name] = _Ticket()
         try:
             yield {"url": self._url, "headers": {TICKET: name}}
-            patience = UNUSED_SECONDS
+            until, patience = time.monotonic() + LONGEST_SECONDS, UNUSED_SECONDS
             while await _within(patience, ticket.used):
                 await ticket.done.wait()
+                if time.monotonic() > until:
+                    return
                 patience = KEPT_SECONDS
         finally:
             self._tickets.pop(name, None)

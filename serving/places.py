@@ -2,27 +2,30 @@
 
 A place is a call through Ray Serve, which costs some milliseconds of the gateway's and of the replica's core. The next
 request takes one that was just given back, without asking Serve. Serve counts a kept place as a request under way, so
-it is kept for `KEPT_SECONDS` only, and given back for good once it is older than `LONGEST_SECONDS`: then Serve chooses
-again, by which load moves to new replicas and an old one has rest to end. Where requests wait, a place goes from hand
-to hand, the longest waiting first.
+it lasts for `front.KEPT_SECONDS` only, and takes no other request once it is older than `front.LONGEST_SECONDS`: then
+Serve chooses again, by which load moves to new replicas and an old one has rest to end. Its engine ends it; what is
+dropped here needs no call. Where requests wait, a place goes from hand to hand, the longest waiting first.
+
+Limits: a gateway that is so busy that it sees the end of an answer late may keep a place that has ended. Its engine
+says so (`routes.PlaceEnded`), and the request asks for another.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from serving import front
 from serving.gateway.routes import Place
 
-#: Less than half of what the engine's server waits for the next request (`front.KEPT_SECONDS`), so that one that was
-#: sent in time seldom comes too late.
-KEPT_SECONDS = 0.2
-LONGEST_SECONDS = 5.0
+#: Of what the engine waits for the next request: one that is sent then should not come too late.
+IN_TIME = 0.8
 
 
 @dataclass(eq=False)
@@ -64,11 +67,12 @@ class Places:
         Raises:
             Exception: whatever `ask` raises.
         """
-        if self._kept and time.monotonic() - self._kept[-1].rested < KEPT_SECONDS:
+        if self._kept and time.monotonic() - self._kept[-1].rested < IN_TIME * front.KEPT_SECONDS:
             return self._kept.pop()
-        self._kept.clear()  # what lies under it is older; the engines end them
+        self._kept.clear()  # what lies under it is older
         wish = _Wish(asyncio.get_running_loop().create_future())
-        wish.asking = asyncio.create_task(self._fulfil(wish))
+        # In no request's context: Serve would end the call with the request that asked, and others have it after that.
+        wish.asking = asyncio.create_task(self._fulfil(wish), context=contextvars.Context())
         self._wishes.append(wish)
         try:
             return await wish.found
@@ -96,8 +100,7 @@ class Places:
     def give_back(self, held: Held) -> None:
         """Its request was answered."""
         held.rested = time.monotonic()
-        if held.rested - held.since > LONGEST_SECONDS:
-            held.call.cancel()
+        if held.rested - held.since > front.LONGEST_SECONDS:
             return
         while self._wishes:
             wish = self._wishes.popleft()
@@ -106,9 +109,12 @@ class Places:
                 return
         self._kept.append(held)
 
-    def give_up(self, held: Held) -> None:
-        """Its request failed, or was broken off: what else is kept of that engine is not trusted either."""
+    def give_up(self, held: Held, gone: bool) -> None:
+        """Its request failed, or was broken off.
+
+        Args:
+            gone: as the engine is: then nothing is kept, for others may have gone with it, and Serve is asked.
+        """
         held.call.cancel()
-        for other in [other for other in self._kept if other.place.url == held.place.url]:
-            self._kept.remove(other)
-            other.call.cancel()
+        if gone:
+            self._kept.clear()

@@ -171,6 +171,7 @@ class Renderer:
             if placed is None and surfaces:
                 unplaced += 1
                 encoding = tokenizer.encode(text[:end], add_special_tokens=added)  # with offsets
+                ids = np.asarray(encoding.ids, dtype=np.int32)  # a tokenizer with dropout draws others
             tokens = self._tokens(ids, placed.held if placed else partial(_held, encoding), answers, sample)
             yield tokens if whole else replace(tokens, whole=False)
         self._counting = self._counting or 2 * unplaced > len(encodings)

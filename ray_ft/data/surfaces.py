@@ -69,8 +69,16 @@ class Placed:
 def surfaces_of(tokenizer: PreTrainedTokenizerBase) -> Surfaces | None:
     """None where no known way leads from the tokens of this tokenizer to bytes."""
     backend = tokenizer.backend_tokenizer
-    added = {number: token.content.encode() for number, token in backend.get_added_tokens_decoder().items()}
+    if backend.post_processor is not None and b'"trim_offsets":true' in backend.post_processor.__getstate__():
+        return None  # its offsets leave spaces out, so the two ways would train other tokens
     vocabulary = backend.get_vocab(with_added_tokens=False)
+    known = set(vocabulary.values())
+    # Gemma's runs of spaces (▁▁) are both: in a text they are the vocabulary's.
+    added = {
+        number: token.content.encode()
+        for number, token in backend.get_added_tokens_decoder().items()
+        if token.special or number not in known
+    }
     size = max([*vocabulary.values(), *added], default=-1) + 1
     probe = np.asarray(backend.encode(PROBE, add_special_tokens=False).ids, dtype=np.int32)
     for way in (_byte_level, _sentencepiece):

@@ -316,10 +316,12 @@ class _Save:
         except Stopped:
             pass
         except Exception as error:  # of any kind: the other workers must hear of it, and training goes on
-            self._delete_files()  # before anybody hears: then the space is there again
-            if not self._abandoned.is_set():  # after that, an error is no reason
-                why = error.what if isinstance(error, RayFtError) else f"{type(error).__name__}: {first_line(error)}"
-                self.fail(why)
+            try:
+                self._delete_files()  # before anybody hears: then the space is there again
+            finally:
+                if not self._abandoned.is_set():  # after that, an error is no reason
+                    named = f"{type(error).__name__}: {first_line(error)}"
+                    self.fail(error.what if isinstance(error, RayFtError) else named)
             self._ended.wait()  # until then others write into the folder: without it they would fail too, and say that
             self._delete_folder()
             return

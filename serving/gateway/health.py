@@ -23,8 +23,8 @@ from serving.gateway.routes import Backend, Route
 
 log = logging.getLogger("ray_ft.gateway")
 
-#: Sends one token's worth to a route and calls the second argument when the engine has been asked.
-Probe = Callable[[Route, Callable[[], None]], Awaitable[None]]
+#: Sends one token's worth to a route and tells the second argument whether the engine has been asked.
+Probe = Callable[[Route, Callable[[bool], None]], Awaitable[None]]
 
 
 @dataclass
@@ -158,8 +158,8 @@ class Health:
             pulse.probe = asyncio.create_task(self._one(route, pulse))
 
     async def _one(self, route: Route, pulse: Pulse) -> None:
-        def asked() -> None:
-            pulse.probe_asked = time.monotonic()
+        def asked(yes: bool) -> None:
+            pulse.probe_asked = time.monotonic() if yes else None
 
         pulse.suspect, pulse.probe_began = False, time.monotonic()
         try:

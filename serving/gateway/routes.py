@@ -21,6 +21,14 @@ class Place:
     headers: Mapping[str, str]
 
 
+class EngineGone(Exception):
+    """The engine of a place did not take the request: it can be sent to another one."""
+
+
+class PlaceEnded(Exception):
+    """The engine does not know the place any more, as it was kept a moment too long: another one is asked for."""
+
+
 class NoPlace(Exception):
     """There is no engine that could take the request, and waiting would not bring one. The client is told 503."""
 

@@ -22,7 +22,7 @@ from serving.gateway.fields import Asked
 from serving.gateway.health import Health
 from serving.gateway.metrics import Metrics
 from serving.gateway.refusal import Refusal
-from serving.gateway.routes import NoPlace, Place, Route
+from serving.gateway.routes import EngineGone, NoPlace, Place, PlaceEnded, Route
 from serving.gateway.settings import Settings
 
 CONNECT_SECONDS = 5
@@ -37,14 +37,6 @@ RETRY_AFTER = (b"retry-after", b"5")
 LONGEST_MESSAGE = 1000
 _STREAM_HEADERS = (EVENTS, (b"x-accel-buffering", b"no"))  # nginx would hold tokens back
 _CONTENT = {"Content-Type": "application/json"}
-
-
-class _Unused(Exception):
-    """A place whose engine did not take the request: it can be sent to another one."""
-
-
-class _Ended(Exception):
-    """A place that was kept a moment too long: another one is asked for."""
 
 
 class Upstream:
@@ -87,26 +79,28 @@ class Upstream:
         payload = body.write(asked.body)
         metrics = self._metrics.model(route.name)
         failed = 0
+        again = False
         while True:
             try:
                 async with contextlib.AsyncExitStack() as held:
-                    place = await self._place(held, route)
-                    metrics.queue.observe(time.monotonic() - exchange.began)
+                    place = await self._place(held, route, again)
+                    waited = time.monotonic() - exchange.began
                     held.enter_context(self._running(route))
                     # Until the engine says better, also where the client does not wait for that.
                     exchange.prompt_tokens, exchange.estimated = asked.prompt_estimate, True
                     response = await self._post(held, place, path, payload, exchange.id)
+                    metrics.queue.observe(waited)
                     if response.status != 200:
                         exchange.prompt_tokens, exchange.estimated = 0, False
                         raise await _refusal(response)
                     if asked.stream:
-                        await self._pass_events(exchange, asked, route, place, response)
+                        await self._pass_events(exchange, asked, route, place, response, held)
                     else:
-                        await self._pass_whole(exchange, route, response)
+                        await self._pass_whole(exchange, route, response, held)
                 return
-            except _Ended:
-                exchange.prompt_tokens, exchange.estimated = 0, False
-            except _Unused as error:
+            except PlaceEnded:
+                exchange.prompt_tokens, exchange.estimated, again = 0, False, True
+            except EngineGone as error:
                 self.health.pulse(route.backend).suspect = True
                 exchange.prompt_tokens, exchange.estimated = 0, False
                 failed += 1
@@ -120,11 +114,11 @@ class Upstream:
                 raise _unreachable() from error
 
     @contextlib.contextmanager
-    def _queue(self, route: Route) -> Iterator[None]:
-        """Count as waiting, or be refused."""
+    def _queue(self, route: Route, again: bool) -> Iterator[None]:
+        """Count as waiting, or be refused, unless it has waited before."""
         name, gauge = route.backend.name, self._metrics.model(route.name).waiting
         waiting = self._waiting.get(name, 0)
-        if waiting >= self._settings.max_waiting:
+        if waiting >= self._settings.max_waiting and not again:
             raise Refusal(
                 503, f"{waiting} requests wait for this model already; try again later", "too_many_waiting",
                 headers=[RETRY_AFTER],
@@ -149,8 +143,8 @@ class Upstream:
             pulse.running -= 1
             gauge.dec()
 
-    async def _place(self, held: contextlib.AsyncExitStack, route: Route) -> Place:
-        with self._queue(route):
+    async def _place(self, held: contextlib.AsyncExitStack, route: Route, again: bool) -> Place:
+        with self._queue(route, again):
             return await held.enter_async_context(route.backend.place())
 
     async def _post(
@@ -160,8 +154,8 @@ class Upstream:
         by which the engine learns that nobody wants the rest.
 
         Raises:
-            _Unused: the engine did not take the request.
-            _Ended: the engine does not know the place any more.
+            EngineGone: the engine did not take the request.
+            PlaceEnded: the engine does not know the place any more.
         """
         assert self._session is not None, "Gateway.start() was not awaited"
         asked = time.monotonic()
@@ -173,18 +167,21 @@ class Upstream:
                 allow_redirects=False,
             )
         except aiohttp.ClientConnectorError as error:
-            raise _Unused from error
+            raise EngineGone from error
         except (aiohttp.ServerDisconnectedError, ConnectionResetError) as error:
             if time.monotonic() - asked < IDLE_CLOSE_SECONDS:
-                raise _Unused from error
+                raise EngineGone from error
             raise
         held.callback(response.close)
         if response.status == 404 and PLACE in response.headers:
-            raise _Ended
+            raise PlaceEnded
         return response
 
-    async def _pass_whole(self, exchange: Exchange, route: Route, response: aiohttp.ClientResponse) -> None:
+    async def _pass_whole(
+        self, exchange: Exchange, route: Route, response: aiohttp.ClientResponse, held: contextlib.AsyncExitStack
+    ) -> None:
         content = await response.read()
+        await held.aclose()  # the place is free, however slowly the client reads
         self.health.pulse(route.backend).well()
         exchange.prompt_tokens, exchange.answer_tokens = stream.usage(content) or (0, 0)
         exchange.estimated = False
@@ -193,7 +190,13 @@ class Upstream:
         await exchange.reply(200, content, [JSON])
 
     async def _pass_events(
-        self, exchange: Exchange, asked: Asked, route: Route, place: Place, response: aiohttp.ClientResponse
+        self,
+        exchange: Exchange,
+        asked: Asked,
+        route: Route,
+        place: Place,
+        response: aiohttp.ClientResponse,
+        held: contextlib.AsyncExitStack,
     ) -> None:
         """Pass a streamed answer on. The start is held until the first event: an error before it has a status."""
         events = stream.Events((route.engine_name, route.name), asked.usage)
@@ -216,6 +219,7 @@ class Upstream:
             if not events.done:
                 raise aiohttp.ClientPayloadError("the stream ended before it was done")
             pulse.well()
+            await held.aclose()
             if began is None:  # nothing but the usage was generated
                 await exchange.start(200, _STREAM_HEADERS)
             await exchange.end()
@@ -225,8 +229,11 @@ class Upstream:
             exchange.estimated = events.usage is None
             exchange.prompt_tokens, exchange.answer_tokens = events.usage or _sent(events.count, asked)
 
-    async def probe(self, route: Route, asked: Callable[[], None]) -> None:
+    async def probe(self, route: Route, asked: Callable[[bool], None]) -> None:
         """A request for one token, beside everything that is counted or limited.
+
+        Args:
+            asked: told whether the engine has been asked, or a place is waited for.
 
         Raises:
             Exception: the engine did not answer it.
@@ -237,10 +244,11 @@ class Upstream:
         else:
             path, content["prompt"], content["max_tokens"] = "/v1/completions", "a", 1
         while True:
-            with contextlib.suppress(_Ended):
+            asked(False)
+            with contextlib.suppress(PlaceEnded):
                 async with contextlib.AsyncExitStack() as held:
                     place = await held.enter_async_context(route.backend.place())
-                    asked()
+                    asked(True)
                     response = await self._post(held, place, path, json.dumps(content).encode(), "probe")
                     await response.read()
                     response.raise_for_status()

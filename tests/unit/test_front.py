@@ -86,6 +86,22 @@ def test_a_ticket_is_good_for_one_request_at_a_time_and_its_place_lasts_until_no
     asyncio.run(main())
 
 
+def test_an_old_place_ends_with_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "KEPT_SECONDS", 600.0)
+    monkeypatch.setattr(front, "LONGEST_SECONDS", 0.0)
+
+    async def main() -> None:
+        async with running() as (found, app, client):
+            hold = found.hold()
+            place = await anext(hold)
+            app.may.set()
+            end = asyncio.create_task(anext(hold, None))
+            assert (await client.post(place["url"] + PATH, headers=place["headers"])).text == "ok"
+            assert await asyncio.wait_for(end, 60) is None
+
+    asyncio.run(main())
+
+
 def test_a_place_that_nobody_uses_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front, "UNUSED_SECONDS", 0.05)
 

@@ -22,9 +22,8 @@ from serving.places import Held, Places
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine may take seconds between two lines."""
-    for module in (front, places):
-        monkeypatch.setattr(module, "KEPT_SECONDS", 60.0)
-    monkeypatch.setattr(places, "LONGEST_SECONDS", 60.0)
+    monkeypatch.setattr(front, "KEPT_SECONDS", 60.0)
+    monkeypatch.setattr(front, "LONGEST_SECONDS", 60.0)
 
 
 class Call:
@@ -74,7 +73,7 @@ def test_the_next_request_takes_what_was_just_given_back() -> None:
 
 
 def test_what_lay_too_long_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "KEPT_SECONDS", 0.01)
+    monkeypatch.setattr(front, "KEPT_SECONDS", 0.01)
 
     async def main() -> None:
         serve = Serve(free=9)
@@ -86,14 +85,14 @@ def test_what_lay_too_long_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None
     asyncio.run(main())
 
 
-def test_an_old_place_is_given_back_to_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "LONGEST_SECONDS", 0.0)
+def test_an_old_place_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "LONGEST_SECONDS", 0.0)
 
     async def main() -> None:
         serve = Serve(free=9)
         found = Places(serve.ask)
         found.give_back(first := await found.take())
-        assert first.call.cancelled and await found.take() is not first
+        assert await found.take() is not first and not first.call.cancelled
 
     asyncio.run(main())
 
@@ -165,17 +164,41 @@ def test_what_asking_raises_reaches_the_request() -> None:
     asyncio.run(main())
 
 
-def test_of_an_engine_that_failed_nothing_is_kept() -> None:
+@pytest.mark.parametrize("gone", [False, True])
+def test_where_an_engine_has_gone_nothing_is_kept(gone: bool) -> None:
     async def main() -> None:
         serve = Serve(free=9)
         found = Places(serve.ask)
-        one, other, good = [await found.take() for _ in range(3)]
-        other.place = one.place
+        one, other = [await found.take() for _ in range(2)]
         found.give_back(other)
-        found.give_back(good)
-        found.give_up(one)
-        assert one.call.cancelled and other.call.cancelled and not good.call.cancelled
-        assert await found.take() is good and await found.take() not in (one, other)
+        found.give_up(one, gone=gone)
+        assert one.call.cancelled and not other.call.cancelled
+        assert (await found.take() is other) is not gone
+
+    asyncio.run(main())
+
+
+def test_a_call_that_serve_breaks_off_is_no_place_and_not_waited_for() -> None:
+    class Broken:
+        cancelled = False
+
+        async def __anext__(self) -> Any:
+            raise asyncio.CancelledError  # as Ray gives a call that was cancelled elsewhere
+
+        def cancel(self) -> None:
+            self.cancelled = True
+
+    class Breaking:
+        def options(self, **_: Any) -> Any:
+            return self
+
+        def remote(self) -> Broken:
+            return Broken()
+
+    async def main() -> None:
+        with pytest.raises(NoPlace, match="broke"):
+            async with asyncio.timeout(60), ServeBackend("demo", Breaking(), False).place():  # type: ignore[arg-type]
+                pass
 
     asyncio.run(main())
 
@@ -217,11 +240,13 @@ class Handle:
 
 
 @contextlib.asynccontextmanager
-async def served(most: int) -> AsyncIterator[tuple[Handle, Gateway, httpx.AsyncClient, Front]]:
+async def served(
+    most: int, settings: Settings | None = None
+) -> AsyncIterator[tuple[Handle, Gateway, httpx.AsyncClient, Front]]:
     engine = Front(fake.Engine(secret=None), "127.0.0.1")  # type: ignore[arg-type]
     await engine.start()
     handle = Handle(engine, most)
-    gateway = Gateway(Settings(), fake.keys(), [fake.route("demo", ServeBackend("demo", handle, False))])  # type: ignore[arg-type]
+    gateway = Gateway(settings or Settings(), fake.keys(), [fake.route("demo", ServeBackend("demo", handle, False))])  # type: ignore[arg-type]
     await gateway.start()
     transport = httpx.ASGITransport(app=gateway)
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=fake.HEADERS) as client:
@@ -266,9 +291,10 @@ def test_more_requests_than_places_are_all_answered_and_all_places_end(monkeypat
 
 def test_a_place_that_has_ended_is_asked_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front, "KEPT_SECONDS", 0.01)
+    monkeypatch.setattr(places, "IN_TIME", 6000.0)
 
     async def main() -> None:
-        async with served(most=4) as (handle, gateway, client, engine):
+        async with served(most=4, settings=Settings(max_waiting=1)) as (handle, gateway, client, engine):
             for calls in (1, 2, 3):
                 assert len(handle.calls) == calls
                 async with asyncio.timeout(60):
@@ -277,7 +303,55 @@ def test_a_place_that_has_ended_is_asked_for_anew(monkeypatch: pytest.MonkeyPatc
                 assert await ask(client) == 200
             while engine._tickets:
                 await asyncio.sleep(0.01)
-            await gateway._upstream.probe(gateway._routes["demo"], lambda: None)  # its own request finds the same
+            asked: list[bool] = []
+            await gateway._upstream.probe(gateway._routes["demo"], asked.append)  # its own request finds the same
+            assert asked == [False, True, False, True]  # while it waits again it is no silence of the engine
             assert len(handle.calls) == 5 and gateway._upstream.health.faults() == {}
+
+    asyncio.run(main())
+
+
+def test_a_place_is_free_before_a_slow_client_has_its_answer() -> None:
+    async def main() -> None:
+        async with served(most=1) as (handle, gateway, client, _):
+            backend: Any = gateway._routes["demo"].backend
+            kept: list[int] = []
+            reads = asyncio.Event()
+
+            async def slow(message: Any) -> None:
+                kept.append(len(backend._places._kept))
+                await reads.wait()
+
+            body = b'{"model": "demo", "prompt": "one two", "max_tokens": 8}'
+            headers = [(name.lower().encode(), value.encode()) for name, value in fake.HEADERS.items()]
+            asked = asyncio.Queue[Any]()
+            asked.put_nowait({"type": "http.request", "body": body})
+            scope = {
+                "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"",
+                "headers": [*headers, (b"content-type", b"application/json")], "client": ("127.0.0.1", 1),
+            }  # fmt: skip
+            answered = asyncio.create_task(gateway(scope, asked.get, slow))  # type: ignore[arg-type]
+            async with asyncio.timeout(60):
+                while not kept:
+                    await asyncio.sleep(0.01)
+                assert kept == [1] and not answered.done()
+                assert await ask(client) == 200  # on the only place
+                reads.set()
+                await answered
+            assert len(handle.calls) == 1
+
+    asyncio.run(main())
+
+
+def test_where_all_replicas_have_died_serve_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with served(most=9) as (handle, gateway, client, _):
+            backend: Any = gateway._routes["demo"].backend
+            dead = [Held(Place(f"http://127.0.0.1:{port}", {}), Call()) for port in (1, 2)]
+            for held in dead:
+                backend._places.give_back(held)
+            calls = len(handle.calls)
+            assert await ask(client) == 200
+            assert len(handle.calls) == calls + 1
 
     asyncio.run(main())

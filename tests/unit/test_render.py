@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ray_ft.data import render as module
@@ -224,8 +224,6 @@ def test_special_tokens_are_found_in_text_as_the_tokenizer_finds_them(renderer: 
 
 
 def test_added_tokens_are_special_only_where_they_say_so(demo: DemoPaths) -> None:
-    from tokenizers import AddedToken
-
     tokenizer = AutoTokenizer.from_pretrained(demo.base)
     tokenizer.add_tokens(["<think>"])
     tokenizer.add_tokens(
@@ -424,8 +422,36 @@ def test_the_bytes_of_tokens_place_them_as_their_offsets_do(make: Callable[[], T
     assert placed_texts > 100
 
 
-@pytest.mark.parametrize("make", [_of_words, _of_pieces])
-def test_a_tokenizer_whose_tokens_do_not_spell_its_texts_has_to_count(make: Callable[[], Tokenizer]) -> None:
+def test_runs_of_spaces_that_are_added_tokens_too_are_placed() -> None:
+    made = _falling_back_to_bytes()
+    vocab = {**made.get_vocab(), "▁▁": 261}
+    made.model = models.BPE(vocab, [("a", "b"), ("▁", "▁")], byte_fallback=True)
+    made.add_tokens([AddedToken("▁▁", normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    ids = tokenizer.backend_tokenizer.encode("a  b", add_special_tokens=False).ids
+    surfaces = surfaces_of(tokenizer)
+    assert 261 in ids and surfaces is not None
+    assert surfaces.place(np.array(ids, dtype=np.int32), "a  b") is not None
+
+
+def test_a_tokenizer_that_draws_its_merges_has_the_mask_of_the_tokens_that_it_gave(
+    demo: DemoPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MANY", 1)
+    tokenizer = AutoTokenizer.from_pretrained(demo.base)
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer, backend.model.dropout = normalizers.NFC(), 0.5
+    for sample in [Joined("e\u0301 question: ", "a e\u0301 answer")] * 40:
+        tokens = Renderer(tokenizer).encode([sample])[0]
+        assert isinstance(tokens, Tokens)
+        text = tokenizer.decode(tokens.ids[tokens.trained][:-1])
+        assert text.strip() == "a é answer", text
+
+
+@pytest.mark.parametrize("make", [_of_words, _of_pieces, _of_bytes])
+def test_a_tokenizer_whose_tokens_do_not_spell_its_texts_or_that_leaves_spaces_out_has_to_count(
+    make: Callable[[], Tokenizer],
+) -> None:
     assert surfaces_of(PreTrainedTokenizerFast(tokenizer_object=make())) is None
 
 
