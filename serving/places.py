@@ -43,12 +43,6 @@ class Held:
     rested: float = 0.0
 
 
-@dataclass(eq=False)
-class _Wish:
-    found: asyncio.Future[Held]
-    asking: asyncio.Task[None] | None = None
-
-
 class Places:
     """Gives places and takes them back.
 
@@ -59,7 +53,7 @@ class Places:
     def __init__(self, ask: Callable[[], Awaitable[Held]]) -> None:
         self._ask = ask
         self._kept: list[Held] = []
-        self._wishes: deque[_Wish] = deque()
+        self._wishes: deque[asyncio.Future[Held]] = deque()
 
     async def take(self) -> Held:
         """A kept place, or else the first that Serve gives or another request gives back.
@@ -70,32 +64,32 @@ class Places:
         if self._kept and time.monotonic() - self._kept[-1].rested < IN_TIME * front.KEPT_SECONDS:
             return self._kept.pop()
         self._kept.clear()  # what lies under it is older
-        wish = _Wish(asyncio.get_running_loop().create_future())
+        wish: asyncio.Future[Held] = asyncio.get_running_loop().create_future()
         # In no request's context: Serve would end the call with the request that asked, and others have it after that.
-        wish.asking = asyncio.create_task(self._fulfil(wish), context=contextvars.Context())
+        asking = asyncio.create_task(self._fulfil(wish), context=contextvars.Context())
         self._wishes.append(wish)
         try:
-            return await wish.found
+            return await wish
         except asyncio.CancelledError:
-            if not wish.found.cancelled() and wish.found.exception() is None:  # it came just as the client left
-                self.give_back(wish.found.result())
+            if not wish.cancelled() and wish.exception() is None:  # it came just as the client left
+                self.give_back(wish.result())
             raise
         finally:
-            wish.asking.cancel()
+            asking.cancel()
             with contextlib.suppress(ValueError):
                 self._wishes.remove(wish)
 
-    async def _fulfil(self, wish: _Wish) -> None:
+    async def _fulfil(self, wish: asyncio.Future[Held]) -> None:
         try:
             held = await self._ask()
         except Exception as error:  # of any kind: it is the waiting request's
-            if not wish.found.done():
-                wish.found.set_exception(error)
+            if not wish.done():
+                wish.set_exception(error)
             return
-        if wish.found.done():
+        if wish.done():
             self.give_back(held)
         else:
-            wish.found.set_result(held)
+            wish.set_result(held)
 
     def give_back(self, held: Held) -> None:
         """Its request was answered."""
@@ -104,8 +98,8 @@ class Places:
             return
         while self._wishes:
             wish = self._wishes.popleft()
-            if not wish.found.done():
-                wish.found.set_result(held)
+            if not wish.done():
+                wish.set_result(held)
                 return
         self._kept.append(held)
 

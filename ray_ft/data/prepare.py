@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray_ft import paths
 from ray_ft.data import duplicates, sources
@@ -35,9 +35,6 @@ from ray_ft.data.vision import load_vision
 from ray_ft.data.work import Seen, Work, elsewhere, tokenizer_identity
 from ray_ft.errors import DataError, ModelError
 from ray_ft.recipe import AnySource, Recipe
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["FORMAT", "Prepared", "Split", "check", "load", "prepare"]
 

@@ -72,27 +72,16 @@ def test_the_next_request_takes_what_was_just_given_back() -> None:
     asyncio.run(main())
 
 
-def test_what_lay_too_long_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(front, "KEPT_SECONDS", 0.01)
+@pytest.mark.parametrize(("limit", "lies"), [("KEPT_SECONDS", 0.02), ("LONGEST_SECONDS", 0.0)])
+def test_what_lay_too_long_or_is_old_is_not_taken(monkeypatch: pytest.MonkeyPatch, limit: str, lies: float) -> None:
+    monkeypatch.setattr(front, limit, lies / 2)
 
     async def main() -> None:
         serve = Serve(free=9)
         found = Places(serve.ask)
         found.give_back(first := await found.take())
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(lies)
         assert await found.take() is not first and not first.call.cancelled  # its engine ends it
-
-    asyncio.run(main())
-
-
-def test_an_old_place_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(front, "LONGEST_SECONDS", 0.0)
-
-    async def main() -> None:
-        serve = Serve(free=9)
-        found = Places(serve.ask)
-        found.give_back(first := await found.take())
-        assert await found.take() is not first and not first.call.cancelled
 
     asyncio.run(main())
 
