@@ -31,6 +31,7 @@ from ray_ft.data import thinking
 from ray_ft.data.lines import Reject
 from ray_ft.data.rows import Asked, Conversation, Joined, Labelled, Pair, Sample, preferred
 from ray_ft.data.surfaces import Held, surfaces_of
+from ray_ft.data.template import ChatTemplate, TemplateRefusal
 from ray_ft.data.vision import Vision
 from ray_ft.errors import ModelError
 from ray_ft.lean import without_unused
@@ -91,6 +92,7 @@ class Renderer:
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id
         self.special = special_tokens(tokenizer)
+        self._template = ChatTemplate(tokenizer)
         self._counting = False  # whether this data's texts mostly need offsets
 
     def prompt_text(self, sample: Asked) -> str:
@@ -228,15 +230,7 @@ class Renderer:
         return Tokens(ids, trained & ~soft, images=sample.images, soft=soft)
 
     def _render(self, turns: Sequence[dict[str, Any]], answer_next: bool = False) -> str:
-        import jinja2
-
-        try:
-            rendered = self.tokenizer.apply_chat_template(
-                list(turns), tokenize=False, add_generation_prompt=answer_next
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:  # a template is a program: any of them
-            raise TemplateRefusal(str(error)) from error
-        assert isinstance(rendered, str)
+        rendered = self._template.render(turns, answer_next)
         # No text of a row holds the mark: it is a special token, and such rows are rejected.
         return rendered if self.vision is None else rendered.replace(self.vision.mark, self.vision.tokens)
 
@@ -280,10 +274,6 @@ def _trained(text: str, start: int, end: int, sample: Asked) -> list[tuple[int, 
     if sample.thinking is None or sample.thinking.train:
         return [(start, end)]
     return thinking.said(text, start, end, sample.thinking)
-
-
-class TemplateRefusal(Exception):
-    """The chat template refuses a conversation, or renders it so that no answer can be told in it."""
 
 
 @lru_cache(maxsize=4)

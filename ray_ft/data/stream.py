@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import ray.data
 
 PREFETCH_STEPS = 4  # blocks that wait in each worker; a block is one worker's rows of one step
+LIMITS_SECONDS = 0.2  # after which Ray Data looks again at what the cluster has
 SEEN_ROWS = 16  # whose images a reading task has unpacked at once: 10 MB an image of Gemma 3
 
 
@@ -53,6 +54,17 @@ def start_helpers() -> None:
 
     get_or_create_autoscaling_coordinator()
     get_or_create_stats_actor()
+
+
+def _know_limits_soon() -> None:
+    """Have this process's Ray Data begin with all its tasks at once, by a setting of 2.60 that is not public.
+
+    It does not wait for the answer to what the cluster has, runs one task meanwhile, and looks again a second later: a
+    ninth of the time that 50 MB take on two cores (seen).
+    """
+    from ray.data._internal.execution.resource_manager import ResourceManager
+
+    ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = LIMITS_SECONDS
 
 
 def in_process(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterable[Any]:
@@ -119,6 +131,7 @@ def _mapped(run: Any, items: Sequence[Any], cpus: float | None, **options: Any) 
 
     import ray.data
 
+    _know_limits_soon()
     # Opaque bytes both ways: Arrow would otherwise guess a schema for nested results, task by task.
     rows = [{"item": pickle.dumps(item)} for item in items]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
