@@ -153,7 +153,7 @@ def _with_images(sample: Sample, images: ImageReader | None) -> Sample:
         answers = [one for one in (sample.chosen, sample.rejected) if isinstance(one, Conversation)]
         if any(isinstance(turn["content"], list) for one in answers for turn in one.turns):
             raise _Unusable("pair with an image", "preferences are learnt from text alone")
-    if not isinstance(sample, Conversation):
+    if not isinstance(sample, Conversation) or all(isinstance(turn["content"], str) for turn in sample.turns):
         return sample
     turns, files = [], list[bytes]()
     for number, turn in enumerate(sample.turns):

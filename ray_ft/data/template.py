@@ -66,7 +66,9 @@ def compiled(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Any], bool], 
     source, tokens = tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map)
     environment = _compile_jinja_template(source).environment.overlay()
     environment.is_safe_attribute = _remembered(environment)
-    render = environment.from_string(source).render
+    template = environment.from_string(source)
+    template.globals = dict(template.globals)  # a chain of dicts, walked for each text
+    render = template.render
 
     def at_once(turns: list[Any], answer_next: bool) -> str:
         if not turns:

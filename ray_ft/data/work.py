@@ -176,8 +176,8 @@ class Work:
             return Reject(TOO_LONG, f"{more}{len(tokens)} tokens, data.seq_len is {self.seq_len}"), False
         if cut:
             tokens = tokens.cut(self.seq_len)
-        documents = np.split(tokens.trained, [tokens.rejected_at] if tokens.rejected_at else [])
-        if not all(document.any() for document in documents):
+        at = tokens.rejected_at
+        if not tokens.trained[:at].any() or (at is not None and not tokens.trained[at:].any()):
             detail = f"the answer begins after token {self.seq_len}" if cut else "no token of it is a target"
             return Reject("nothing to train on", detail), False
         return tokens, cut
