@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
-from ray_ft import paths
+from ray_ft import collector, paths
 from ray_ft.data import duplicates, sources
 from ray_ft.data import identity as identities
 from ray_ft.data import tokenizer as tokenizers
@@ -98,6 +98,7 @@ def prepare(
     return prepared
 
 
+@collector.paused()
 def load(location: str, recipe: Recipe, split: Split, model_folder: str, reused: bool = False) -> Prepared | None:
     """What was prepared at a location; None where nothing complete lies.
 
