@@ -56,7 +56,7 @@ def start_helpers() -> None:
     get_or_create_stats_actor()
 
 
-def _know_limits_soon() -> None:
+def know_limits_soon() -> None:
     """Have this process's Ray Data begin with all its tasks at once, by a setting of 2.60 that is not public.
 
     It does not wait for the answer to what the cluster has, runs one task meanwhile, and looks again a second later: a
@@ -131,7 +131,7 @@ def _mapped(run: Any, items: Sequence[Any], cpus: float | None, **options: Any) 
 
     import ray.data
 
-    _know_limits_soon()
+    know_limits_soon()
     # Opaque bytes both ways: Arrow would otherwise guess a schema for nested results, task by task.
     rows = [{"item": pickle.dumps(item)} for item in items]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))

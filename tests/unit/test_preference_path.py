@@ -21,7 +21,7 @@ from ray_ft.data import references as stored
 from ray_ft.data.order import Order
 from ray_ft.data.pack import pairs
 from ray_ft.data.prepare import prepare
-from ray_ft.data.rows import Pair
+from ray_ft.data.samples import Pair
 from ray_ft.data.stream import in_process
 from ray_ft.demo import DemoPaths, preference
 from ray_ft.evaluate.losses import Judged, _Judge
