@@ -98,7 +98,6 @@ def prepare(
     return prepared
 
 
-@collector.paused()
 def load(location: str, recipe: Recipe, split: Split, model_folder: str, reused: bool = False) -> Prepared | None:
     """What was prepared at a location; None where nothing complete lies.
 
@@ -111,14 +110,18 @@ def load(location: str, recipe: Recipe, split: Split, model_folder: str, reused:
     stats = paths.join(location, identities.STATS)
     if not paths.exists(stats):
         return None
-    content = paths.read_json(stats)
-    if "identity" not in content:  # of an older version
-        return None
-    identity, units, origins = content["identity"], [], []
-    for number, (file, _, _, before, groups) in enumerate(content["chunks"]):
-        source, name = identity["files"][file][:2]
-        units += [Unit(number, group, rows, source, first) for group, (rows, first) in enumerate(groups)]
-        origins.append(Origin(name, before))
+    text = paths.read_bytes(stats)
+    units: list[Unit] = []
+    origins: list[Origin] = []
+    with collector.paused():
+        content = json.loads(text)
+        if "identity" not in content:  # of an older version
+            return None
+        identity = content["identity"]
+        for number, (file, _, _, before, groups) in enumerate(content["chunks"]):
+            source, name = identity["files"][file][:2]
+            units += [Unit(number, group, rows, source, first) for group, (rows, first) in enumerate(groups)]
+            origins.append(Origin(name, before))
     render = None
     if not content["cached"]:
         files = _files_of(identity, all_files(getattr(recipe.data, split)))

@@ -62,8 +62,10 @@ def know_limits_soon() -> None:
     It does not wait for the answer to what the cluster has, runs one task meanwhile, and looks again a second later: a
     ninth of the time that 50 MB take on two cores (seen).
     """
-    from ray.data._internal.execution.resource_manager import ResourceManager
-
+    try:
+        from ray.data._internal.execution.resource_manager import ResourceManager
+    except ImportError:  # a Ray that has it elsewhere begins as slowly as it does
+        return
     ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = LIMITS_SECONDS
 
 

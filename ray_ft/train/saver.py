@@ -358,6 +358,7 @@ class _Save:
         said = [self._get(_part_name(rank)) for rank in range(saver._world)]
         with collector.paused():
             parts = [json.loads(text) for text in said]
+        del said
         ledgers = [self._get(_ledger_name(rank)) for rank, part in enumerate(parts) if part.pop("ledger")]
         if ledgers:
             self._write_ledger(ledgers)

@@ -56,12 +56,14 @@ def test_a_thread_does_not_end_the_pause_of_another() -> None:
 
     thread = threading.Thread(target=other)
     thread.start()
-    assert inside.wait(60)
-    with collector.paused():
-        pass
-    assert not gc.isenabled()
-    leave.set()
-    thread.join(60)
+    try:
+        assert inside.wait(60)
+        with collector.paused():
+            pass
+        assert not gc.isenabled()
+    finally:
+        leave.set()
+        thread.join(60)
     assert gc.isenabled()
 
 

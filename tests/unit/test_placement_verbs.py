@@ -165,7 +165,8 @@ def test_ray_data_looks_at_the_cluster_again_before_a_second_is_over(monkeypatch
     manager._global_limits, now = ExecutionResources.zero(), 1000.0
     manager._global_limits_last_update_time = now
     manager._get_total_resources = lambda: ExecutionResources(cpu=4)
-    monkeypatch.setattr(time, "time", lambda: now + stream.LIMITS_SECONDS)
+    assert 2 * stream.LIMITS_SECONDS < 1
+    monkeypatch.setattr(time, "time", lambda: now + 2 * stream.LIMITS_SECONDS)
     assert manager.get_global_limits().cpu == 0
     stream.know_limits_soon()
     assert manager.get_global_limits().cpu == 4
