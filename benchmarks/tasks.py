@@ -28,7 +28,9 @@ from typing import Any
 
 from ray_ft import artifacts, paths, recipe
 from ray_ft.data import sources
-from ray_ft.data.rows import Labelled, columns_used, to_sample
+from ray_ft.data.formats import columns_used
+from ray_ft.data.rows import to_sample
+from ray_ft.data.samples import Labelled
 from ray_ft.evaluate import held_out_questions
 from ray_ft.evaluate.report import TITLES, form
 from ray_ft.evaluate.scores import Scorer, label_report

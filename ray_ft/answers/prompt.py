@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_ft.answers.target import Answer, Prompt, Sampling
 from ray_ft.data.render import Renderer
-from ray_ft.data.rows import Conversation
+from ray_ft.data.samples import Conversation
 from ray_ft.data.template import TemplateRefusal
 
 if TYPE_CHECKING:

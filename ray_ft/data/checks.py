@@ -12,8 +12,8 @@ from ray_ft import paths
 from ray_ft.data import identity as identities
 from ray_ft.data import sources
 from ray_ft.data.files import File
+from ray_ft.data.formats import columns_used
 from ray_ft.data.prepared import Prepared, Split
-from ray_ft.data.rows import columns_used
 from ray_ft.errors import DataError, ModelError, StorageError
 from ray_ft.recipe import AnySource, Recipe, Source
 

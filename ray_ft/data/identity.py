@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from ray_ft import paths
+from ray_ft import collector, paths
 from ray_ft.data.files import File, public_name
 from ray_ft.recipe import AnySource
 
@@ -86,6 +86,7 @@ def explain(storage: str, old_key: str, new_key: str) -> list[str]:
     return differences(*found)
 
 
+@collector.paused()
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The same for two identities."""
     lines = _of_files(old["files"], new["files"])

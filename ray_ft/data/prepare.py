@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
-from ray_ft import paths
+from ray_ft import collector, paths
 from ray_ft.data import duplicates, sources
 from ray_ft.data import identity as identities
 from ray_ft.data import tokenizer as tokenizers
@@ -110,14 +110,18 @@ def load(location: str, recipe: Recipe, split: Split, model_folder: str, reused:
     stats = paths.join(location, identities.STATS)
     if not paths.exists(stats):
         return None
-    content = paths.read_json(stats)
-    if "identity" not in content:  # of an older version
-        return None
-    identity, units, origins = content["identity"], [], []
-    for number, (file, _, _, before, groups) in enumerate(content["chunks"]):
-        source, name = identity["files"][file][:2]
-        units += [Unit(number, group, rows, source, first) for group, (rows, first) in enumerate(groups)]
-        origins.append(Origin(name, before))
+    text = paths.read_bytes(stats)
+    units: list[Unit] = []
+    origins: list[Origin] = []
+    with collector.paused():
+        content = json.loads(text)
+        if "identity" not in content:  # of an older version
+            return None
+        identity = content["identity"]
+        for number, (file, _, _, before, groups) in enumerate(content["chunks"]):
+            source, name = identity["files"][file][:2]
+            units += [Unit(number, group, rows, source, first) for group, (rows, first) in enumerate(groups)]
+            origins.append(Origin(name, before))
     render = None
     if not content["cached"]:
         files = _files_of(identity, all_files(getattr(recipe.data, split)))

@@ -29,7 +29,7 @@ import numpy as np
 from ray_ft import hub
 from ray_ft.data import thinking
 from ray_ft.data.lines import Reject
-from ray_ft.data.rows import Asked, Conversation, Joined, Labelled, Pair, Sample, preferred
+from ray_ft.data.samples import Asked, Conversation, Joined, Labelled, Pair, Sample, preferred
 from ray_ft.data.surfaces import Held, surfaces_of
 from ray_ft.data.template import ChatTemplate, TemplateRefusal
 from ray_ft.data.vision import Vision

@@ -56,14 +56,16 @@ def start_helpers() -> None:
     get_or_create_stats_actor()
 
 
-def _know_limits_soon() -> None:
+def know_limits_soon() -> None:
     """Have this process's Ray Data begin with all its tasks at once, by a setting of 2.60 that is not public.
 
     It does not wait for the answer to what the cluster has, runs one task meanwhile, and looks again a second later: a
     ninth of the time that 50 MB take on two cores (seen).
     """
-    from ray.data._internal.execution.resource_manager import ResourceManager
-
+    try:
+        from ray.data._internal.execution.resource_manager import ResourceManager
+    except ImportError:  # a Ray that has it elsewhere begins as slowly as it does
+        return
     ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = LIMITS_SECONDS
 
 
@@ -131,7 +133,7 @@ def _mapped(run: Any, items: Sequence[Any], cpus: float | None, **options: Any) 
 
     import ray.data
 
-    _know_limits_soon()
+    know_limits_soon()
     # Opaque bytes both ways: Arrow would otherwise guess a schema for nested results, task by task.
     rows = [{"item": pickle.dumps(item)} for item in items]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))

@@ -9,7 +9,8 @@ in its sandbox. A tokenizer with an `apply_chat_template` of its own is asked by
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import jinja2
@@ -23,64 +24,74 @@ class TemplateRefusal(Exception):
 
 
 class ChatTemplate:
-    """One tokenizer's template, compiled at the first conversation: a tokenizer for plain text has none."""
+    """One tokenizer's template, compiled at the first conversation: a tokenizer for plain text has none.
+
+    What the tokenizer is given afterwards, another template or other special tokens, is not seen.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._compiled: Callable[[list[Any], bool], str] | None = None
+        self._rendered: Callable[[list[Any], bool], str] | None = None
 
     def render(self, turns: Sequence[dict[str, Any]], answer_next: bool = False) -> str:
-        """The text of some turns, which are at least one.
+        """The text of some turns.
 
         Args:
             answer_next: whether the text ends where the model is to answer.
 
         Raises:
-            TemplateRefusal: the template refuses them, or there is none.
+            TemplateRefusal: the template refuses them, or there is none, or there are no turns.
         """
         import jinja2
 
         try:
-            self._compiled = self._compiled or compiled(self._tokenizer)
-            return self._compiled(list(turns), answer_next)
+            if not turns:  # refused by the tokenizer, in its words
+                return _as_it_does(self._tokenizer, [], answer_next)
+            self._rendered = self._rendered or _renders(self._tokenizer)
+            return self._rendered(list(turns), answer_next)
         except (jinja2.TemplateError, TypeError, ValueError) as error:  # a template is a program: any of them
             raise TemplateRefusal(str(error)) from error
 
 
-def compiled(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Any], bool], str]:
+def _renders(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Any], bool], str]:
     """(turns, answer next) to text.
 
     Raises:
         ValueError: the tokenizer has no template, or several and none is the default.
     """
     from transformers import PreTrainedTokenizerBase
-    from transformers.utils.chat_template_utils import _compile_jinja_template
 
     if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
-
-        def as_it_does(turns: list[Any], answer_next: bool) -> str:
-            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_next))
-
-        return as_it_does
-
-    source, tokens = tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map)
-    environment = _compile_jinja_template(source).environment.overlay()
-    environment.is_safe_attribute = _remembered(environment)
-    template = environment.from_string(source)
-    template.globals = dict(template.globals)  # a chain of dicts, walked for each text
-    render = template.render
+        return partial(_as_it_does, tokenizer)
+    render = _compiled(tokenizer.get_chat_template()).render
+    common: dict[str, Any] = {**tokenizer.special_tokens_map, "tools": None, "documents": None}
 
     def at_once(turns: list[Any], answer_next: bool) -> str:
-        if not turns:
-            raise ValueError("there is no turn to render")
-        return str(render(messages=turns, tools=None, documents=None, add_generation_prompt=answer_next, **tokens))
+        return render(common, messages=turns, add_generation_prompt=answer_next)
 
     return at_once
 
 
-def _remembered(environment: jinja2.Environment) -> Callable[[Any, str, Any], bool]:
-    """The sandbox's own verdict on an attribute, which depends on the object's type and the attribute's name alone."""
-    ask = environment.is_safe_attribute  # type: ignore[attr-defined]  # of the sandbox
+def _as_it_does(tokenizer: PreTrainedTokenizerBase, turns: list[Any], answer_next: bool) -> str:
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_next)
+    assert isinstance(rendered, str)
+    return rendered
+
+
+@lru_cache(maxsize=16)
+def _compiled(source: str) -> jinja2.Template:
+    """Compiled once in a process: it takes as long as a hundred rows and more."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    environment = _compile_jinja_template(source).environment.overlay()
+    environment.is_safe_attribute = remembered(environment.is_safe_attribute)
+    template = environment.from_string(source)
+    template.globals = dict(template.globals)  # a chain of dicts, walked for each text
+    return cast("jinja2.Template", template)
+
+
+def remembered(ask: Callable[[Any, str, Any], bool]) -> Callable[[Any, str, Any], bool]:
+    """A sandbox's `is_safe_attribute`, asked once: it goes by an object's type and the attribute's name alone."""
     verdicts: dict[tuple[type, str], bool] = {}
 
     def is_safe_attribute(thing: Any, name: str, value: Any) -> bool:

@@ -17,12 +17,13 @@ from ray_ft import hub
 from ray_ft.data import duplicates, sources
 from ray_ft.data import tokenizer as tokenizers
 from ray_ft.data.counts import TOO_LONG, Counts
+from ray_ft.data.formats import columns_used
 from ray_ft.data.images import ImageReader
 from ray_ft.data.lines import Reject
 from ray_ft.data.pack import REAL, TRAINED, pack
 from ray_ft.data.prepared import Split, vision_of
 from ray_ft.data.render import Renderer, Tokens, load_tokenizer
-from ray_ft.data.rows import columns_used, to_sample
+from ray_ft.data.rows import to_sample
 from ray_ft.data.shard import Segment
 from ray_ft.data.sources import Chunk
 from ray_ft.recipe import AnySource, Images, LabelsSource, Recipe

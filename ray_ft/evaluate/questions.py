@@ -11,10 +11,12 @@ from ray_ft import paths
 from ray_ft.answers.target import Prompt
 from ray_ft.data import sources
 from ray_ft.data.files import public_name
+from ray_ft.data.formats import columns_used
 from ray_ft.data.images import ImageReader, data_url
 from ray_ft.data.lines import Reject
 from ray_ft.data.render import load_tokenizer, special_tokens
-from ray_ft.data.rows import Asked, Conversation, Joined, Labelled, columns_used, preferred, to_sample
+from ray_ft.data.rows import to_sample
+from ray_ft.data.samples import Asked, Conversation, Joined, Labelled, preferred
 from ray_ft.data.thinking import split
 from ray_ft.errors import DataError
 from ray_ft.recipe import Recipe, Source, Thinking, TranslationSource

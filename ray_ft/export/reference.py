@@ -18,7 +18,7 @@ import torch
 from ray_ft.data import pack
 from ray_ft.data.order import Order
 from ray_ft.data.render import Renderer, Tokens, load_tokenizer
-from ray_ft.data.rows import Labelled
+from ray_ft.data.samples import Labelled
 from ray_ft.errors import ExportError
 from ray_ft.trained import Trained
 

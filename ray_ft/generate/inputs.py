@@ -17,9 +17,11 @@ from pydantic import ValidationError
 from ray_ft import paths
 from ray_ft.answers import Prompt
 from ray_ft.data.files import File, find_files
+from ray_ft.data.formats import columns_used
 from ray_ft.data.lines import Reject, parse_line, read_lines
 from ray_ft.data.parquet import parquet_columns, read_groups, row_group_bytes
-from ray_ft.data.rows import Conversation, Labelled, columns_used, preferred, to_sample
+from ray_ft.data.rows import to_sample
+from ray_ft.data.samples import Conversation, Labelled, preferred
 from ray_ft.errors import DataError
 from ray_ft.recipe import (
     MessagesSource,

@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 
-from ray_ft import paths
+from ray_ft import collector, paths
 from ray_ft.errors import RayFtError, first_line
 from ray_ft.retry import patiently
 from ray_ft.span import Span
 from ray_ft.train import checkpoint, shards
 from ray_ft.train.host_copy import HostCopy
-from ray_ft.train.shards import Stopped, Written
+from ray_ft.train.shards import Stopped
 
 #: Seconds for which training waits, after a failed save, for a thread in a call to storage that does not return.
 PATIENCE = 30.0
@@ -355,13 +355,11 @@ class _Save:
 
     def _commit(self) -> None:
         saver = self.saver
-        parts: list[Written] = []
-        ledgers = []
-        for rank in range(saver._world):
-            part = json.loads(self._get(_part_name(rank)))
-            if part.pop("ledger"):
-                ledgers.append(self._get(_ledger_name(rank)))
-            parts.append(part)
+        said = [self._get(_part_name(rank)) for rank in range(saver._world)]
+        with collector.paused():
+            parts = [json.loads(text) for text in said]
+        del said
+        ledgers = [self._get(_ledger_name(rank)) for rank, part in enumerate(parts) if part.pop("ledger")]
         if ledgers:
             self._write_ledger(ledgers)
         checkpoint.commit(self.location, self.step, parts, self.details)

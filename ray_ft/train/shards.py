@@ -21,7 +21,7 @@ from typing import Any, TypedDict
 import pyarrow.fs as pafs
 import torch
 
-from ray_ft import paths
+from ray_ft import collector, paths
 from ray_ft.errors import CheckpointError
 from ray_ft.retry import patiently
 from ray_ft.span import Span
@@ -208,6 +208,7 @@ def _flush_to_disk(path: str) -> None:
         os.close(descriptor)
 
 
+@collector.paused()
 def index_of(written: Iterable[Written]) -> bytes:
     """``index.json``: where everything is, from what all workers wrote.
 
@@ -237,6 +238,7 @@ def index_of(written: Iterable[Written]) -> bytes:
     return json.dumps({"block": BLOCK, "files": files, "tensors": tensors}).encode()
 
 
+@collector.paused()
 def parse_index(text: bytes) -> dict[str, Stored]:
     """Every tensor of a checkpoint by name, from its ``index.json``."""
     index = json.loads(text)

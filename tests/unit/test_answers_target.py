@@ -9,7 +9,7 @@ import pytest
 from ray_ft.answers import Answer, Prompt, Sampling, Target
 from ray_ft.answers.prompt import Encoder, Rendered
 from ray_ft.data.render import Renderer, load_tokenizer
-from ray_ft.data.rows import Conversation, Joined
+from ray_ft.data.samples import Conversation, Joined
 from ray_ft.demo import DemoPaths
 from ray_ft.errors import ModelError, ServeError
 

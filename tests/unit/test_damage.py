@@ -19,7 +19,8 @@ import zstandard
 from ray_ft.data import sources
 from ray_ft.data.lines import Reject
 from ray_ft.data.prepare import Prepared, prepare
-from ray_ft.data.rows import Joined, to_sample
+from ray_ft.data.rows import to_sample
+from ray_ft.data.samples import Joined
 from ray_ft.data.stream import in_process
 from ray_ft.demo import DemoPaths
 from ray_ft.errors import DataError

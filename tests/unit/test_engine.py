@@ -19,7 +19,7 @@ import pytest
 
 from ray_ft import quickstart
 from ray_ft.artifacts import Manifest
-from ray_ft.data.rows import Conversation
+from ray_ft.data.samples import Conversation
 from ray_ft.errors import DataError, RecipeError, ServeError
 from ray_ft.evaluate import Question
 from ray_ft.recipe import Serve

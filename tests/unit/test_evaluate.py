@@ -21,7 +21,7 @@ from ray_ft import answers, paths
 from ray_ft.answers.target import Answer, Prompt, Sampling, Target
 from ray_ft.data import pack, stream
 from ray_ft.data.prepare import prepare
-from ray_ft.data.rows import Conversation, Joined
+from ray_ft.data.samples import Conversation, Joined
 from ray_ft.demo import DemoPaths
 from ray_ft.errors import CheckpointError, DataError, ModelError, RecipeError, ServeError
 from ray_ft.evaluate import Question, evaluate, held_out_questions, show

@@ -22,7 +22,8 @@ from ray_ft.data.order import Order
 from ray_ft.data.pack import START, TRAINED
 from ray_ft.data.prepare import check, prepare
 from ray_ft.data.render import Renderer, Tokens, load_tokenizer
-from ray_ft.data.rows import Labelled, to_sample
+from ray_ft.data.rows import to_sample
+from ray_ft.data.samples import Labelled
 from ray_ft.demo import DemoPaths
 from ray_ft.demo.labels import LABELS
 from ray_ft.errors import DataError, RecipeError

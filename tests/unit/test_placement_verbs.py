@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -151,3 +152,21 @@ def test_an_export_on_such_a_head_leaves_vllm_out_and_says_why(
     monkeypatch.setattr(vllm_process.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(vllm_process, "_built_for_gpus", lambda: True)
     assert "built for GPUs" in (vllm_process.obstacle(trained) or "")
+
+
+def test_ray_data_looks_at_the_cluster_again_before_a_second_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its setting is there, and is what decides: else all work begins with one task and a second of waiting."""
+    from ray.data import ExecutionOptions, ExecutionResources
+    from ray.data._internal.execution.resource_manager import ResourceManager
+
+    monkeypatch.setattr(ResourceManager, "GLOBAL_LIMITS_UPDATE_INTERVAL_S", 1)
+    manager = ResourceManager.__new__(ResourceManager)
+    manager._options, manager._object_store_memory_limit_fraction = ExecutionOptions(), 0.5
+    manager._global_limits, now = ExecutionResources.zero(), 1000.0
+    manager._global_limits_last_update_time = now
+    manager._get_total_resources = lambda: ExecutionResources(cpu=4)
+    assert 2 * stream.LIMITS_SECONDS < 1
+    monkeypatch.setattr(time, "time", lambda: now + 2 * stream.LIMITS_SECONDS)
+    assert manager.get_global_limits().cpu == 0
+    stream.know_limits_soon()
+    assert manager.get_global_limits().cpu == 4

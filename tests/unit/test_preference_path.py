@@ -18,11 +18,14 @@ from rich.console import Console
 
 from ray_ft import paths
 from ray_ft.data import references as stored
+from ray_ft.data.lines import Reject
 from ray_ft.data.order import Order
 from ray_ft.data.pack import pairs
 from ray_ft.data.prepare import prepare
-from ray_ft.data.rows import Pair
+from ray_ft.data.render import Tokens
+from ray_ft.data.samples import Pair
 from ray_ft.data.stream import in_process
+from ray_ft.data.work import Work
 from ray_ft.demo import DemoPaths, preference
 from ray_ft.evaluate.losses import Judged, _Judge
 from ray_ft.export.checks.text import real_samples
@@ -185,6 +188,25 @@ def _after(recipe: Recipe, steps: int) -> Callable[[], Any]:
 
 
 # ------------------------------------------------------------------------------------------------------------- rejects
+
+
+@pytest.mark.parametrize(
+    ("trained", "rejected_at", "kept"),
+    [
+        ([0, 1, 0, 1], 2, True),
+        ([0, 1, 0, 0], 2, False),
+        ([0, 0, 0, 1], 2, False),
+        ([0, 1], 0, False),  # the chosen answer gives no token at all
+        ([0, 1], None, True),
+        ([0, 0], None, False),
+    ],
+)
+def test_both_answers_of_a_pair_need_a_target(trained: list[int], rejected_at: int | None, kept: bool) -> None:
+    tokens = Tokens(np.arange(len(trained), dtype=np.int32), np.array(trained, dtype=bool), rejected_at=rejected_at)
+    work = Work("", "", (), seq_len=8, packing=True, long_rows="drop", segment_tokens=8, tokenizer={}, code=False)
+    found, cut = work._fit(tokens)
+    assert found is tokens if kept else isinstance(found, Reject) and found.reason == "nothing to train on"
+    assert not cut
 
 
 def test_rows_that_are_no_pairs_are_rejected_at_their_line(demo: DemoPaths, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from ray_ft.data.rows import Conversation, Joined, Pair, columns_used, preferred, to_sample
+from ray_ft.data.formats import columns_used
+from ray_ft.data.rows import to_sample
+from ray_ft.data.samples import Conversation, Joined, Pair, preferred
 from ray_ft.data.sources import Reject
 from ray_ft.recipe import PreferenceSource
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ray_ft.data import render as module
 from ray_ft.data.render import Renderer, Tokens, load_tokenizer, special_tokens
-from ray_ft.data.rows import Conversation, Joined, Sample
+from ray_ft.data.samples import Conversation, Joined, Sample
 from ray_ft.data.sources import Reject
 from ray_ft.data.surfaces import surfaces_of
 from ray_ft.demo import DemoPaths

@@ -324,7 +324,7 @@ def test_restarts_broken_checkpoints_and_tracebacks_are_listed(run: RunDir) -> N
 def test_an_evaluation_is_shown_beside_its_base(run: RunDir) -> None:
     """A report as `ray_ft.evaluate` makes it, of answers that are known."""
     from ray_ft.answers.target import Answer
-    from ray_ft.data.rows import Conversation
+    from ray_ft.data.samples import Conversation
     from ray_ft.evaluate import report as made_by
     from ray_ft.evaluate.losses import Loss
     from ray_ft.evaluate.questions import Question

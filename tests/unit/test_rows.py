@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from ray_ft.data.rows import Conversation, Joined, columns_used, language_name, to_sample
+from ray_ft.data.formats import columns_used, language_name
+from ray_ft.data.rows import to_sample
+from ray_ft.data.samples import Conversation, Joined
 from ray_ft.data.sources import Reject
 from ray_ft.errors import RecipeError
 from ray_ft.recipe import (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from ray_ft.data import template
@@ -42,18 +44,20 @@ def tokenizer(demo: DemoPaths) -> PreTrainedTokenizerBase:
     return copy.deepcopy(load_tokenizer(demo.base))
 
 
-def theirs(tokenizer: PreTrainedTokenizerBase, turns: list[Any], answer_next: bool) -> str | None:
+def said(render: Callable[[], Any]) -> tuple[str, str]:
+    """The text, or that there is none and why."""
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_next))
-    except Exception:
-        return None
+        return "text", str(render())
+    except Exception as error:
+        return "refused", str(error)
 
 
-def ours(tokenizer: PreTrainedTokenizerBase, turns: list[Any], answer_next: bool) -> str | None:
-    try:
-        return ChatTemplate(tokenizer).render(turns, answer_next)
-    except TemplateRefusal:
-        return None
+def theirs(tokenizer: PreTrainedTokenizerBase, turns: list[Any], answer_next: bool) -> tuple[str, str]:
+    return said(lambda: tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_next))
+
+
+def ours(tokenizer: PreTrainedTokenizerBase, turns: list[Any], answer_next: bool) -> tuple[str, str]:
+    return said(lambda: ChatTemplate(tokenizer).render(turns, answer_next))
 
 
 @pytest.mark.parametrize("answer_next", [False, True])
@@ -70,8 +74,8 @@ def test_some_of_these_are_texts_and_some_refused(tokenizer: PreTrainedTokenizer
     found = {}
     for name, source in TEMPLATES.items():
         tokenizer.chat_template = source
-        found[name] = ours(tokenizer, TALK, True)
-    assert {name for name, text in found.items() if text is None} == {"refuses", "undefined", "broken"}
+        found[name] = ours(tokenizer, TALK, True)[0]
+    assert {name for name, kind in found.items() if kind == "refused"} == {"refuses", "undefined", "broken"}
 
 
 def test_of_several_templates_the_default_is_taken(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -116,19 +120,32 @@ def test_the_sandbox_holds_each_time(tokenizer: PreTrainedTokenizerBase, source:
     assert turns == TALK
 
 
-def test_verdicts_are_not_remembered_without_end(
-    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(template, "VERDICTS", 2)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content | attr(m.content) | upper }}{% endfor %}"
-    rendered = ChatTemplate(tokenizer)
-    for name in ("a", "b", "__class__", "__class__", "c"):
-        turns = [{"role": "user", "content": name}]
-        assert ours(tokenizer, turns, False) == theirs(tokenizer, turns, False)
-        try:
-            rendered.render(turns)
-        except TemplateRefusal:
-            assert name == "__class__"
+def test_verdicts_are_the_sandboxs_and_not_remembered_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template, "VERDICTS", 3)
+    sandbox = ImmutableSandboxedEnvironment()
+    asked: list[tuple[type, str]] = []
+
+    def ask(thing: Any, name: str, value: Any) -> bool:
+        asked.append((type(thing), name))
+        return sandbox.is_safe_attribute(thing, name, value)
+
+    verdict = template.remembered(ask)
+    keys: list[tuple[Any, str]] = [("a", "upper"), ("b", "__class__"), ([], "append"), ([], "count"), ({}, "keys")]
+    for _ in range(2):
+        for thing, name in keys:
+            assert verdict(thing, name, None) is sandbox.is_safe_attribute(thing, name, None)
+    once, again = [(type(thing), name) for thing, name in keys[:3]], [(type(thing), name) for thing, name in keys[3:]]
+    assert asked == [*once, *again, *again]
+
+
+def test_a_template_is_compiled_once(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer.chat_template = "compiled once: {{ messages | length }}{{ bos_token }}"
+    other = copy.deepcopy(tokenizer)
+    other.bos_token = tokenizer.eos_token
+    before = template._compiled.cache_info().misses
+    texts = [ChatTemplate(one).render(TALK) for one in (tokenizer, other, tokenizer)]
+    assert template._compiled.cache_info().misses == before + 1
+    assert texts[0] == texts[2] != texts[1]  # each with the special tokens of its own
 
 
 def test_the_tokenizers_own_sandbox_is_left_as_it_is(tokenizer: PreTrainedTokenizerBase) -> None:

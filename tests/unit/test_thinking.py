@@ -16,7 +16,8 @@ from ray_ft.data import stream
 from ray_ft.data.lines import Reject
 from ray_ft.data.prepare import prepare
 from ray_ft.data.render import Renderer, load_tokenizer
-from ray_ft.data.rows import Sample, to_sample
+from ray_ft.data.rows import to_sample
+from ray_ft.data.samples import Sample
 from ray_ft.data.thinking import fault, split
 from ray_ft.demo import DemoPaths
 from ray_ft.errors import RecipeError

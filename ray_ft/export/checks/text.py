@@ -14,11 +14,13 @@ from transformers import AutoTokenizer
 
 from ray_ft import paths
 from ray_ft.data import pack, sources
+from ray_ft.data.formats import columns_used
 from ray_ft.data.images import ImageReader
 from ray_ft.data.lines import Reject
 from ray_ft.data.order import Order
 from ray_ft.data.render import Renderer, Tokens, load_tokenizer
-from ray_ft.data.rows import Asked, Conversation, Joined, Labelled, Pair, Sample, columns_used, preferred, to_sample
+from ray_ft.data.rows import to_sample
+from ray_ft.data.samples import Asked, Conversation, Joined, Labelled, Pair, Sample, preferred
 from ray_ft.data.vision import Vision, load_vision
 from ray_ft.errors import DataError, ExportError, StorageError
 from ray_ft.export.case import Case
