@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import ray.data
 
 PREFETCH_STEPS = 4  # blocks that wait in each worker; a block is one worker's rows of one step
-LIMITS_SECONDS = 0.2  # after which Ray Data looks again at what the cluster has
+LIMITS_SECONDS = 0.1  # after which Ray Data looks again at what the cluster has
 SEEN_ROWS = 16  # whose images a reading task has unpacked at once: 10 MB an image of Gemma 3
 
 

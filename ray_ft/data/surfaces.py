@@ -41,7 +41,7 @@ class Surfaces:
         if b"".join(self._bytes_of[ids].tolist()) != content:
             return None
         lengths = self._lengths[ids]
-        return Placed(text, np.cumsum(lengths), lengths, ascii_only=len(content) == len(text))
+        return Placed(text, lengths.cumsum(dtype=np.int32), lengths, ascii_only=len(content) == len(text))
 
 
 class Placed:
