@@ -63,9 +63,7 @@ def ingest(wanted: recipe.Recipe) -> tuple[worker.Job, float]:
 def streamed(order: Order, start: int, total: int) -> Iterator[stream.Batch]:
     """The batches of steps [start, total) by Ray Data, dealt out as to a single worker."""
     rows = stream.training_dataset(order, start * BATCH, total * BATCH)
-    rows = rows.repartition(target_num_rows_per_block=BATCH, strict=True)
-    rows.context.execution_options = stream.in_order(None)
-    (shard,) = rows.streaming_split(1, equal=True)
+    (shard,) = stream.deal(rows, 1, BATCH, stream.in_order(None))
     return stream.batches(shard, order, start * BATCH, 0, 1, BATCH)
 
 

@@ -1,9 +1,9 @@
 """The recipe's data on Ray Data: work spread over the cluster, and rows streamed to workers in order.
 
 With `preserve_order`, a strict repartition into blocks of one worker's share of one step, and an equal split, Ray Data
-deals block after block to worker after worker: step s of worker r is block s × workers + r. The repartition is left to
-whoever knows the number of workers. Every batch carries the positions of its rows, and `batches` refuses one that is
-not the next: an order that broke is an error, never a silently different run.
+deals block after block to worker after worker: step s of worker r is block s × workers + r. Every batch carries the
+positions of its rows, and `batches` refuses one that is not the next: an order that broke is an error, never a silently
+different run.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import ray.data
 
 PREFETCH_STEPS = 4  # blocks that wait in each worker; a block is one worker's rows of one step
+FOR_EVER = -1  # until Ray Data gives up as nothing moves: nodes may be waited for, and training may hold an evaluation
 LIMITS_SECONDS = 0.1  # after which Ray Data looks again at what the cluster has
 SEEN_ROWS = 16  # whose images a reading task has unpacked at once: 10 MB an image of Gemma 3
 
@@ -141,6 +142,7 @@ def _mapped(run: Any, items: Sequence[Any], cpus: float | None, **options: Any) 
         warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")
         dataset = dataset.map(run, **options)
     dataset.context.execution_options = in_order(cpus)
+    dataset.context.execution_no_progress_timeout_s = FOR_EVER
     for row in dataset.iter_rows():
         result = pickle.loads(row["result"])  # noqa: S301 - written by `_applied`, in this cluster
         if isinstance(result, RayFtError):
@@ -200,6 +202,21 @@ def training_dataset(order: Order, start: int, stop: int) -> ray.data.Dataset:
     dataset = ray.data.from_items(items, override_num_blocks=max(len(items), 1))
     dataset.context.execution_options.preserve_order = True
     return dataset.map_batches(read, batch_size=1, zero_copy_batch=True)
+
+
+def deal(rows: ray.data.Dataset, workers: int, share: int, options: ray.data.ExecutionOptions) -> list[Any]:
+    """A shard of `training_dataset` for each worker, a `ray.data.DataIterator`, in blocks of its share of a step.
+
+    Args:
+        share: rows of a step that one worker has.
+    """
+    from ray_ft.data.pace import few_ahead
+
+    blocks = rows.repartition(target_num_rows_per_block=share, strict=True)
+    blocks.context.execution_options = options
+    blocks.context.execution_no_progress_timeout_s = FOR_EVER
+    few_ahead(blocks)
+    return blocks.streaming_split(workers, equal=True)
 
 
 def batches(

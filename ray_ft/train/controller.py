@@ -46,6 +46,7 @@ from ray.train.v2._internal.execution.preemption import PreemptionWatcher
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.logging import LoggingManager
 
+from ray_ft.data import stream
 from ray_ft.hosts import choose_interface
 from ray_ft.recipe import Failures
 from ray_ft.retry import patiently
@@ -246,9 +247,8 @@ class Dealer(WorkerGroupCallback):
         # has no choice of whom to give them, so it need not know on which nodes the workers are.
         found, rows = self._start()
         workers = worker_group_context.num_workers
-        blocks = rows.repartition(target_num_rows_per_block=self._global_batch // workers, strict=True)
-        blocks.context.execution_options = self._options
-        self._parts = [Part(found, shard) for shard in blocks.streaming_split(workers, equal=True)]
+        shards = stream.deal(rows, workers, self._global_batch // workers, self._options)
+        self._parts = [Part(found, shard) for shard in shards]
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
         self._dealt = True

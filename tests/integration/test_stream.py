@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,8 +63,7 @@ def test_ray_data_delivers_the_order_with_names_from_rows_that_are_not_stored(
 
     def shards(stop: int) -> list[Any]:
         rows = stream.training_dataset(light, start * GLOBAL, stop * GLOBAL)
-        blocks = rows.repartition(target_num_rows_per_block=GLOBAL // WORLD, strict=True)
-        return blocks.streaming_split(WORLD, equal=True)
+        return stream.deal(rows, WORLD, GLOBAL // WORLD, stream.in_order(None))
 
     def work(rank: int, shard: Any) -> tuple[list[stream.Batch], bytes]:
         worker, taken = Ledger(), []
@@ -95,6 +95,41 @@ def test_ray_data_delivers_the_order_with_names_from_rows_that_are_not_stored(
     assert ours and "plain.jsonl changed since it was prepared" in str(ours[-1])
 
 
+def test_ray_data_runs_a_few_steps_ahead_and_delivers_all(ray_cluster: None, tmp_path: Path) -> None:
+    import ray.data
+
+    rows, block, share = 8_000, 20, 4
+
+    def made(batch: dict[str, Any]) -> dict[str, Any]:
+        (tmp_path / str(batch["id"][0])).touch()
+        return batch
+
+    dataset = ray.data.range(rows, override_num_blocks=rows // block).map_batches(made, batch_size=None)
+    shards = stream.deal(dataset, WORLD, share, stream.in_order(None))
+    taken: list[list[int]] = [[] for _ in range(WORLD)]
+    ahead: list[int] = []
+
+    def work(rank: int) -> None:
+        for batch in shards[rank].iter_batches(batch_size=share, prefetch_batches=stream.PREFETCH_STEPS):
+            taken[rank].extend(batch["id"].tolist())
+            if rank == 0 and len(taken[0]) == 10 * share:
+                ahead.append(quiet())
+
+    def quiet() -> int:
+        """Blocks that were made, once no more come."""
+        seen, since = -1, time.monotonic()
+        while time.monotonic() - since < 3:
+            if (now := len(list(tmp_path.iterdir()))) != seen:
+                seen, since = now, time.monotonic()
+            time.sleep(0.1)
+        return seen
+
+    with ThreadPoolExecutor(WORLD) as pool:
+        list(pool.map(work, range(WORLD)))
+    assert ahead[0] * block < rows / 4, f"{ahead[0]} blocks of {rows // block} were made before 10 steps were taken"
+    assert taken == [[row for row in range(rows) if row // share % WORLD == rank] for rank in range(WORLD)]
+
+
 def test_pictures_arrive_with_their_rows(ray_cluster: None, pictures: DemoPaths, tmp_path: Path) -> None:
     words = tmp_path / "words.jsonl"
     turns = [{"role": "user", "content": "how many"}, {"role": "assistant", "content": "two"}]
@@ -116,8 +151,7 @@ def test_pictures_arrive_with_their_rows(ray_cluster: None, pictures: DemoPaths,
     recipe = parse(content)
     order = Order.of(recipe, prepare(recipe, "train", pictures.base, stream.spread))
     stop = -(-order.rows // GLOBAL) * GLOBAL  # with padding, which has none either
-    rows = stream.training_dataset(order, 0, stop).repartition(target_num_rows_per_block=4, strict=True)
-    (shard,) = rows.streaming_split(1, equal=True)
+    (shard,) = stream.deal(stream.training_dataset(order, 0, stop), 1, 4, stream.in_order(None))
     found = list(stream.batches(shard, order, 0, 0, 1, 4))
     expected = list(stream.local_batches(order, 0, stop, 0, 1, 4))
     assert len(found) == len(expected)
