@@ -211,13 +211,9 @@ def test_control_builds_no_dataset_and_whole_does(monkeypatch: pytest.MonkeyPatc
         seen.append(dealer.before_init_train_context([])["dataset_shard_provider"])
         dealer.after_worker_group_shutdown(None)
 
-    class Rows:
-        context = SimpleNamespace(execution_options=None)
-        repartition = lambda self, **_: self  # noqa: E731
-        streaming_split = lambda self, count, equal: ["rows"] * count  # noqa: E731
-
     monkeypatch.setattr(cluster, "run", run)
-    monkeypatch.setattr(stream, "training_dataset", lambda *_: Rows())
+    monkeypatch.setattr(stream, "training_dataset", lambda *_: "dataset")
+    monkeypatch.setattr(stream, "deal", lambda rows, workers, share, options: ["rows"] * workers)
     for way in ("control", "whole"):
         if way == "whole":
             monkeypatch.setattr(controller.Dealer, "after_worker_group_shutdown", lambda *_: None)
