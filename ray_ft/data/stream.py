@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import ray.data
 
 PREFETCH_STEPS = 4  # blocks that wait in each worker; a block is one worker's rows of one step
-FOR_EVER = -1  # until Ray Data gives up as nothing moves: nodes may be waited for, and training may hold an evaluation
 LIMITS_SECONDS = 0.1  # after which Ray Data looks again at what the cluster has
 SEEN_ROWS = 16  # whose images a reading task has unpacked at once: 10 MB an image of Gemma 3
 
@@ -142,7 +141,6 @@ def _mapped(run: Any, items: Sequence[Any], cpus: float | None, **options: Any) 
         warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")
         dataset = dataset.map(run, **options)
     dataset.context.execution_options = in_order(cpus)
-    dataset.context.execution_no_progress_timeout_s = FOR_EVER
     for row in dataset.iter_rows():
         result = pickle.loads(row["result"])  # noqa: S301 - written by `_applied`, in this cluster
         if isinstance(result, RayFtError):
@@ -214,7 +212,6 @@ def deal(rows: ray.data.Dataset, workers: int, share: int, options: ray.data.Exe
 
     blocks = rows.repartition(target_num_rows_per_block=share, strict=True)
     blocks.context.execution_options = options
-    blocks.context.execution_no_progress_timeout_s = FOR_EVER
     few_ahead(blocks)
     return blocks.streaming_split(workers, equal=True)
 

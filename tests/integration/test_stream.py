@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -108,12 +109,15 @@ def test_ray_data_runs_a_few_steps_ahead_and_delivers_all(ray_cluster: None, tmp
     shards = stream.deal(dataset, WORLD, share, stream.in_order(None))
     taken: list[list[int]] = [[] for _ in range(WORLD)]
     ahead: list[int] = []
+    together = threading.Barrier(WORLD)
 
     def work(rank: int) -> None:
         for batch in shards[rank].iter_batches(batch_size=share, prefetch_batches=stream.PREFETCH_STEPS):
             taken[rank].extend(batch["id"].tolist())
-            if rank == 0 and len(taken[0]) == 10 * share:
-                ahead.append(quiet())
+            if len(taken[rank]) == 10 * share:  # in step, as training is
+                if rank == 0:
+                    ahead.append(quiet())
+                together.wait(120)
 
     def quiet() -> int:
         """Blocks that were made, once no more come."""
