@@ -4,8 +4,8 @@
 
 Two workers, float32, no evaluation and no checkpoint within the timed steps. Both count real tokens only. Rates are
 over the steps after the first `WARMUP`, of a run of ours that is told to end then, long before its rows do: Ray Data is
-at work as in any run. The first step is timed from the command on: "cold" starts a Ray of its own for
-the run, "warm" joins one that stands, as on a cluster. Rows are prepared before any of them is timed.
+at work as in any run. The first step is timed from the command on: "cold" starts a Ray of its own for the run, "warm"
+joins one that stands, as on a cluster. Rows are prepared before any of them is timed.
 """
 
 from __future__ import annotations

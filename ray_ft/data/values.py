@@ -19,6 +19,8 @@ shown = _repr.repr
 
 
 class Unusable(Exception):
+    """No sample can be made of a row; `reject` says why."""
+
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
         self.reject = Reject(reason, detail)
@@ -31,6 +33,11 @@ def _value(row: dict[str, Any], field: str) -> Any:
 
 
 def text_in(row: dict[str, Any], field: str, *, empty_ok: bool = False) -> str:
+    """The text in a column, as it is.
+
+    Raises:
+        Unusable: there is none, or it is no text that UTF-8 can hold.
+    """
     value = _value(row, field)
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
@@ -45,7 +52,11 @@ def text_in(row: dict[str, Any], field: str, *, empty_ok: bool = False) -> str:
 
 
 def label_in(row: dict[str, Any], field: str, labels: Sequence[str]) -> int:
-    """The number of a label that a row gives by name or by number. A name goes first: it may look like a number."""
+    """The number of a label that a row gives by name or by number. A name goes first: it may look like a number.
+
+    Raises:
+        Unusable: it is none of the labels.
+    """
     value = _value(row, field)
     if isinstance(value, str) and value in labels:
         return labels.index(value)
@@ -60,7 +71,11 @@ def label_in(row: dict[str, Any], field: str, labels: Sequence[str]) -> int:
 
 
 def complete(turns: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
-    """A conversation's turns, if it begins with somebody who asks and ends with an answer."""
+    """A conversation's turns, if it begins with somebody who asks and ends with an answer.
+
+    Raises:
+        Unusable: it does not.
+    """
     if turns[0]["role"] == "assistant":
         raise Unusable("the first message is the assistant's", "nothing stands before it that it could answer")
     if turns[-1]["role"] != "assistant":
@@ -69,7 +84,11 @@ def complete(turns: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
 
 
 def messages_in(row: dict[str, Any], field: str) -> tuple[dict[str, Any], ...]:
-    """The messages in a column, each checked by itself."""
+    """The messages in a column, each checked by itself.
+
+    Raises:
+        Unusable: there are none, or one holds what a turn cannot carry.
+    """
     messages = row.get(field)
     if not isinstance(messages, list) or not messages:
         raise Unusable(f"field {field!r} is not a list of messages", shown(messages))
